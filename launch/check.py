@@ -1,0 +1,119 @@
+"""`ldm check`: every problem of a config in under half a second, without torch, and what follows from it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.config_file import load_config
+from pipeline.data.order import micro_batches_per_step
+from pipeline.errors import ConfigError, DataError
+from pipeline.latents.manifest import Manifest, mismatches
+from pipeline.paths import RunPaths, dataset_folder
+from pipeline.training.deepspeed_config import derive_deepspeed_config
+
+
+def check_config(path: Path, overrides: Sequence[str] = ()) -> str:
+    """Return a page about the run described by `path`.
+
+    Raises:
+        ConfigError: with a line for each problem: keys, values, combinations, missing files, unfit data set.
+    """
+    config = load_config(path, overrides)
+    paths = RunPaths(Path(config.runs) / config.name)
+    refuse_problems(config, paths, str(path))
+    return "\n".join([f"{path}: ok", *_facts(config, paths)])
+
+
+def refuse_problems(config: RunConfig, paths: RunPaths, where: str) -> None:
+    """Do nothing if the run can start.
+
+    Raises:
+        ConfigError: with a line for each impossible combination, missing file and unfit data set.
+    """
+    problems = [f"{where}: {line}" for line in [*combination_problems(config), *file_problems(config, paths)]]
+    if problems:
+        raise ConfigError(problems)
+
+
+def combination_problems(config: RunConfig) -> list[str]:
+    """Return a line for each pair of settings that cannot go together."""
+    lines = []
+    world_size = max(config.engine.processes, config.cluster.nodes * config.cluster.tasks_per_node)
+    if config.engine.global_batch < world_size:
+        lines.append(
+            f"engine.global_batch: {config.engine.global_batch} samples for {world_size} processes; every rank "
+            f"needs one a step: at least {world_size}"
+        )
+    if config.optimizer.warmup_steps > config.train.steps:
+        lines.append(
+            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is more than train.steps {config.train.steps}; "
+            "the learning rate would never arrive"
+        )
+    if config.first_stage:
+        lines += _first_stage_problems(config)
+    return lines
+
+
+def _first_stage_problems(config: RunConfig) -> list[str]:
+    assert config.first_stage
+    autoencoder, clip, unet = config.first_stage.autoencoder, config.first_stage.clip, config.model
+    lines = []
+    for name, value in (("model.in_channels", unet.in_channels), ("model.out_channels", unet.out_channels)):
+        if value != autoencoder.latent_channels:
+            lines.append(
+                f"{name}: {value}, but first_stage.autoencoder.latent_channels is {autoencoder.latent_channels}; make them equal"
+            )
+    if unet.cross_attention_dim != clip.width:
+        lines.append(
+            f"model.cross_attention_dim: {unet.cross_attention_dim}, but first_stage.clip.width is {clip.width}; make them equal"
+        )
+    factor = autoencoder.downsampling * unet.downsampling
+    if config.encode.image_size % factor:
+        nearest = max(factor, round(config.encode.image_size / factor) * factor)
+        lines.append(
+            f"encode.image_size: {config.encode.image_size} pixels; autoencoder and U-Net halve down to 1/{factor}, "
+            f"so a multiple of {factor} is needed, e.g. {nearest}"
+        )
+    if config.encode.image_size % clip.patch:
+        lines.append(
+            f"first_stage.clip.patch: {clip.patch} does not divide encode.image_size {config.encode.image_size}"
+        )
+    return lines
+
+
+def file_problems(config: RunConfig, paths: RunPaths) -> list[str]:
+    """Return a line for each file that the config names and that is not there, and for an unfit data set."""
+    dataset = dataset_folder(config, paths)
+    if (dataset / "manifest.json").is_file():
+        try:
+            return [f"{dataset}: {line}" for line in mismatches(Manifest.load(dataset), config)]
+        except DataError as error:
+            return [str(error)]
+    if config.data.dataset:
+        return [f"data.dataset: {dataset} has no manifest.json; run `ldm encode` and `ldm finalize` first"]
+    lines = []
+    if not Path(config.encode.source).is_dir():
+        lines.append(
+            f"encode.source: {config.encode.source} is no folder; give the one with the image-caption shards"
+        )
+    for name in ("autoencoder", "text_encoder"):
+        folder = getattr(config.encode, name)
+        if folder is None and config.first_stage is None:
+            lines.append(f"encode.{name}: null and no first_stage section trains one; give a local folder")
+        elif folder is not None and not Path(folder).is_dir():
+            lines.append(f"encode.{name}: {folder} is no folder; give a local diffusers/transformers folder")
+    return lines
+
+
+def _facts(config: RunConfig, paths: RunPaths) -> list[str]:
+    engine = config.engine
+    world_size = max(engine.processes, config.cluster.nodes * config.cluster.tasks_per_node)
+    micro_batches = micro_batches_per_step(engine.global_batch, engine.micro_batch, world_size)
+    derived = derive_deepspeed_config(engine, config.optimizer, world_size, micro_batches)
+    split = f"{world_size} ranks x {micro_batches} micro-batches of up to {engine.micro_batch}"
+    return [
+        f"  run folder     {paths.root}",
+        f"  a step         {engine.global_batch} samples = {split}",
+        f"  the training   {config.train.steps} steps = {config.train.steps * engine.global_batch} samples",
+        f"  deepspeed      {derived}",
+    ]

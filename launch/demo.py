@@ -1,0 +1,201 @@
+"""`ldm demo`: the main job on real images in seven stages, from source shards to an exported pipeline.
+
+Each stage resumes by itself; a finished one is noted in RUN/demo.json with its digest and not run again. Two
+runs of the same config on the same machine end with the same digests, however often they were killed.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.check import refuse_problems
+from launch.local import run_local
+from pipeline.config import RunConfig
+from pipeline.config_file import dump_config, load_config
+from pipeline.errors import ConfigError
+from pipeline.evaluate import evaluate_run
+from pipeline.export import export_pipeline
+from pipeline.first_stage.autoencoder import train_autoencoder
+from pipeline.first_stage.clip import train_clip
+from pipeline.paths import RunPaths
+from pipeline.publish import file_digest, folder_digest, json_digest, write_bytes, write_json
+from pipeline.sample import sample_grid
+from pipeline.tracking import read_records
+from pipeline.training.checkpoint import load_weights, newest_checkpoint
+from preprocessing.finalize import finalize_dataset
+from preprocessing.pairs import prepared_pairs
+from preprocessing.report import write_report
+from preprocessing.verify import verify_dataset
+from preprocessing.work import encode_dataset
+
+logger = logging.getLogger(__name__)
+
+FAST = (
+    "name=demo-fast",
+    "first_stage.autoencoder.steps=60",
+    "first_stage.autoencoder.checkpoint_every=20",
+    "first_stage.clip.steps=40",
+    "first_stage.clip.checkpoint_every=20",
+    "train.steps=60",
+    "train.checkpoint_every=20",
+    "train.log_every=5",
+    "optimizer.warmup_steps=10",
+    "ema.decay=0.95",
+    "sample.num_prompts=8",
+    "sample.steps=10",
+)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of the demo: its config and its folder."""
+
+    config: RunConfig
+    paths: RunPaths
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the chain; `run` does it (or goes on with it) and returns the digest of what it made."""
+
+    name: str
+    title: str
+    run: Callable[[Demo], str]
+
+
+def _autoencoder(demo: Demo) -> str:
+    return folder_digest(train_autoencoder(demo.config, prepared_pairs(demo.config.encode), demo.paths))
+
+
+def _clip(demo: Demo) -> str:
+    train_clip(demo.config, prepared_pairs(demo.config.encode), demo.paths)
+    return json_digest([folder_digest(demo.paths.clip), folder_digest(demo.paths.text_encoder)])
+
+
+def _encode(demo: Demo) -> str:
+    config, paths = demo.config, demo.paths
+    source = Path(config.encode.source)
+    encode_dataset(
+        config,
+        source=source,
+        out=paths.latents,
+        autoencoder=paths.autoencoder,
+        text_encoder=paths.text_encoder,
+    )
+    manifest = finalize_dataset(config, paths.latents, source)
+    result = verify_dataset(paths.latents, samples=None, decode_with=None)
+    assert not result.problems, result.problems
+    write_report(paths.latents, source, paths.autoencoder)
+    return manifest.digest
+
+
+def _train(demo: Demo) -> str:
+    resolved = demo.paths.root / "demo.yaml"
+    write_bytes(resolved, dump_config(demo.config).encode())
+    command = [sys.executable, "-m", "launch.cli", "train", str(resolved)]
+    code = run_local(command, demo.config.engine.processes, threads=demo.config.engine.threads)
+    if code:
+        raise SystemExit(code)
+    return weights_digest(newest_checkpoint(demo.paths.checkpoints))
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """Return one sha256 over the names and bytes of the EMA weights in `checkpoint`, hexadecimal."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(load_weights(checkpoint, "ema").items()):
+        sha.update(name.encode())
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _evaluate(demo: Demo) -> str:
+    return json_digest(evaluate_run(demo.paths, demo.config))
+
+
+def _sample(demo: Demo) -> str:
+    return file_digest(sample_grid(demo.paths, demo.config))
+
+
+def _export(demo: Demo) -> str:
+    return folder_digest(export_pipeline(demo.paths, demo.config, weights="ema"))
+
+
+STAGES = (
+    Stage("autoencoder", "train the autoencoder", _autoencoder),
+    Stage("clip", "train CLIP", _clip),
+    Stage("encode", "encode, finalize and verify the data set", _encode),
+    Stage("train", "train the U-Net", _train),
+    Stage("evaluate", "evaluate", _evaluate),
+    Stage("sample", "paint", _sample),
+    Stage("export", "export the pipeline", _export),
+)
+
+
+def run_demo(path: Path, overrides: Sequence[str] = (), *, fast: bool = False) -> None:
+    """Run every stage that is not done yet and say where the results lie.
+
+    Raises:
+        ConfigError: when the config is wrong, or the run folder was made with other settings.
+    """
+    config = load_config(path, [*(FAST if fast else ()), *overrides])
+    paths = RunPaths(Path(config.runs) / config.name)
+    refuse_problems(config, paths, str(path))
+    demo = Demo(config, paths)
+    done = _done_stages(demo)
+    for number, stage in enumerate(STAGES, 1):
+        head = f"[{number}/{len(STAGES)}] {stage.title}"
+        if stage.name in done:
+            logger.info("%s: done before (%.0f s)", head, done[stage.name]["seconds"])
+            continue
+        logger.info("%s", head)
+        started = time.monotonic()
+        digest = stage.run(demo)
+        done[stage.name] = {"digest": digest, "seconds": round(time.monotonic() - started, 1)}
+        write_json(_record(demo), {"config": _config_digest(config), "stages": done})
+    logger.info("%s", _closing_words(demo, done))
+
+
+def _record(demo: Demo) -> Path:
+    return demo.paths.root / "demo.json"
+
+
+def _config_digest(config: RunConfig) -> str:
+    return json_digest(json.loads(config.model_dump_json()))
+
+
+def _done_stages(demo: Demo) -> dict[str, dict]:
+    """Return the finished stages of an earlier start of the same demo."""
+    if not _record(demo).is_file():
+        return {}
+    record = json.loads(_record(demo).read_text())
+    if record["config"] != _config_digest(demo.config):
+        raise ConfigError(
+            f"{demo.paths.root}: made with other settings; remove the folder, or give this run its own: name=demo-2"
+        )
+    return dict(record["stages"])
+
+
+def _closing_words(demo: Demo, done: dict[str, dict]) -> str:
+    paths, config = demo.paths, demo.config
+    losses = [
+        record["loss"] for record in read_records(paths.metrics, "train") if record.get("loss") is not None
+    ]
+    grid = max(paths.samples.glob("step-*.png"))
+    mlflow = Path(sys.executable).with_name("mlflow")
+    seconds = ", ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in done.items())
+    return "\n".join(
+        [
+            "",
+            f"took       {seconds}",
+            f"loss       {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end of {config.train.steps} steps",
+            f"grid       {grid}",
+            f"report     {paths.latents / 'report.html'}",
+            f"pipeline   {paths.export}  (StableDiffusionPipeline.from_pretrained)",
+            f"curves     {mlflow} ui --backend-store-uri sqlite:///{config.runs}/mlflow.db",
+        ]
+    )

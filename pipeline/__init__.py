@@ -1,0 +1,1 @@
+"""Latent diffusion: the data contract, the model, its mathematics and its training."""

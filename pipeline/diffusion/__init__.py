@@ -1,0 +1,1 @@
+"""The mathematics: schedule, objective, posterior, guidance, draws and samplers."""

@@ -1,0 +1,108 @@
+"""Where each thing lies in a run folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The names inside one run folder `root` (RUNS/NAME)."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config this run was started with."""
+        return self.root / "config.yaml"
+
+    @property
+    def versions(self) -> Path:
+        """Versions of Python, the libraries and the code."""
+        return self.root / "versions.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record a line: the truth that every tracker is fed from."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def mlflow_run(self) -> Path:
+        """The tracker's run id, so that a resumed run continues the same MLflow run."""
+        return self.root / "mlflow_run.json"
+
+    @property
+    def log(self) -> Path:
+        """Folder of the log files, one a node."""
+        return self.root / "log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training checkpoints `step-XXXXXXXX/`."""
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the painted grids."""
+        return self.root / "samples"
+
+    @property
+    def evaluation(self) -> Path:
+        """The last evaluation: validation loss by timestep, raw and EMA."""
+        return self.root / "evaluation.json"
+
+    @property
+    def latents(self) -> Path:
+        """The latent data set when the config names none."""
+        return self.root / "latents"
+
+    @property
+    def autoencoder(self) -> Path:
+        """The diffusers folder of the first stage trained in this run."""
+        return self.root / "autoencoder"
+
+    @property
+    def clip(self) -> Path:
+        """The transformers folder of the whole CLIP trained in this run."""
+        return self.root / "clip"
+
+    @property
+    def text_encoder(self) -> Path:
+        """The transformers folder of CLIP's text tower and tokenizer trained in this run."""
+        return self.root / "text_encoder"
+
+    @property
+    def export(self) -> Path:
+        """The diffusers pipeline made by `ldm export`."""
+        return self.root / "pipeline"
+
+    @property
+    def jobs(self) -> Path:
+        """Slurm job ids of this run."""
+        return self.root / "jobs.json"
+
+    @property
+    def sbatch(self) -> Path:
+        """The batch script as submitted."""
+        return self.root / "submit.sbatch"
+
+    @property
+    def stop_file(self) -> Path:
+        """A file whose presence asks the training to save and stop."""
+        return self.root / "stop"
+
+
+def dataset_folder(config: RunConfig, paths: RunPaths) -> Path:
+    """Return the latent data set that the run trains on: the one named, or its own."""
+    return Path(config.data.dataset) if config.data.dataset else paths.latents
+
+
+def autoencoder_folder(config: RunConfig, paths: RunPaths) -> Path:
+    """Return the diffusers folder of the frozen autoencoder: the one named, or the run's own."""
+    return Path(config.encode.autoencoder) if config.encode.autoencoder else paths.autoencoder
+
+
+def text_encoder_folder(config: RunConfig, paths: RunPaths) -> Path:
+    """Return the transformers folder of the frozen text encoder: the one named, or the run's own."""
+    return Path(config.encode.text_encoder) if config.encode.text_encoder else paths.text_encoder
