@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
-from pipeline.data.order import micro_batches_per_step
+from pipeline.data.shares import micro_batches_per_step
 from pipeline.errors import ConfigError, DataError
 from pipeline.latents.manifest import Manifest, mismatches
 from pipeline.paths import RunPaths, dataset_folder

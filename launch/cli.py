@@ -114,10 +114,10 @@ def train_autoencoder(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: ldm train-autoencoder configs/demo.yaml
     """
+    run, paths = _configured(config, overrides)
     from pipeline.first_stage.autoencoder import train_autoencoder as train_it
     from preprocessing.pairs import prepared_pairs
 
-    run, paths = _configured(config, overrides)
     typer.echo(train_it(run, prepared_pairs(run.encode), paths))
 
 
@@ -127,10 +127,10 @@ def train_clip(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: ldm train-clip configs/demo.yaml
     """
+    run, paths = _configured(config, overrides)
     from pipeline.first_stage.clip import train_clip as train_it
     from preprocessing.pairs import prepared_pairs
 
-    run, paths = _configured(config, overrides)
     typer.echo(train_it(run, prepared_pairs(run.encode), paths))
 
 
@@ -145,10 +145,10 @@ def encode(
 
     Example: ldm encode configs/demo.yaml --worker 0 --workers 4
     """
+    run, paths = _configured(config, overrides)
     from pipeline.paths import autoencoder_folder, dataset_folder, text_encoder_folder
     from preprocessing.work import encode_dataset
 
-    run, paths = _configured(config, overrides)
     counts = encode_dataset(
         run,
         source=Path(run.encode.source),
@@ -167,10 +167,10 @@ def finalize(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: ldm finalize configs/demo.yaml
     """
+    run, paths = _configured(config, overrides)
     from pipeline.paths import dataset_folder
     from preprocessing.finalize import finalize_dataset
 
-    run, paths = _configured(config, overrides)
     manifest = finalize_dataset(run, dataset_folder(run, paths), Path(run.encode.source))
     typer.echo(f"{manifest.counts} {manifest.splits} digest {manifest.digest}")
 
@@ -219,10 +219,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: ldm train configs/demo.yaml train.steps=2000
     """
+    run, paths = _configured(config, overrides)
     from launch.local import run_local
     from launch.nodes import place
 
-    run, paths = _configured(config, overrides)
     placement = place(os.environ)
     if placement.source == "single" and run.engine.processes > 1:
         from launch.check import refuse_problems
@@ -241,9 +241,9 @@ def evaluate(run: RunPath, overrides: Overrides = None) -> None:
 
     Example: ldm evaluate runs/demo
     """
+    config, paths = _of_run(run, overrides)
     from pipeline.evaluate import evaluate_run
 
-    config, paths = _of_run(run, overrides)
     typer.echo(json.dumps(evaluate_run(paths, config), indent=2))
 
 
@@ -253,9 +253,9 @@ def sample(run: RunPath, overrides: Overrides = None) -> None:
 
     Example: ldm sample runs/demo 'sample.prompts=[red apple, green apple]' sample.guidance_scale=4.0
     """
+    config, paths = _of_run(run, overrides)
     from pipeline.sample import sample_grid
 
-    config, paths = _of_run(run, overrides)
     typer.echo(sample_grid(paths, config))
 
 
@@ -269,9 +269,9 @@ def export(
 
     Example: ldm export runs/demo
     """
+    config, paths = _of_run(run, overrides)
     from pipeline.export import export_pipeline
 
-    config, paths = _of_run(run, overrides)
     typer.echo(export_pipeline(paths, config, weights=weights.value))
 
 
@@ -287,9 +287,9 @@ def submit(
 
     Example: ldm submit configs/sd15-512.yaml --dry-run
     """
+    run, paths = _configured(config, overrides)
     from launch.slurm import submit_job
 
-    run, paths = _configured(config, overrides)
     typer.echo(submit_job(run, paths, dry_run=dry_run))
 
 

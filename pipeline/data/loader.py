@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import DataConfig, EngineConfig, ObjectiveConfig
-from pipeline.data.order import GlobalOrder, micro_batches_per_step, share, split_share
+from pipeline.data.order import GlobalOrder
+from pipeline.data.shares import micro_batches_per_step, share, split_share
 from pipeline.diffusion import draws
 from pipeline.errors import DataError
 from pipeline.latents.reader import LatentDataset

@@ -22,6 +22,21 @@ from pipeline.publish import file_digest
 MAX_OPEN_SHARDS = 64
 
 
+class _OpenShard:
+    """A descriptor that closes when its last user lets go of it.
+
+    A thread that is reading keeps its own reference, so that another thread which opens many shards cannot
+    close the number under it (or let a different file take that number).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 class LatentDataset:
     """The samples of one split of the finished data set in `folder`."""
 
@@ -42,7 +57,7 @@ class LatentDataset:
         self.shard_bytes: list[int] = shards.column("bytes").to_pylist()
         self.table = SegmentTable(load_segments(folder / SEGMENTS_NAME), split)
         self._check_shards()
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
@@ -78,24 +93,23 @@ class LatentDataset:
         """
         place = self.table.place(index)
         path = shard_path(self.folder, self.shard_names[place.shard], ".tar")
-        block = os.pread(self._descriptor(place.shard, path), place.stride, place.offset)
+        shard = self._open_shard(place.shard, path)
+        block = os.pread(shard.descriptor, place.stride, place.offset)
         return parse_sample(
             block, self.spec.members(place.bucket), place.json_bytes, f"{path}: row {place.row}"
         )
 
-    def _descriptor(self, shard: int, path: Path) -> int:
+    def _open_shard(self, number: int, path: Path) -> _OpenShard:
         with self._lock:
             if self._owner != os.getpid():
-                self._descriptors, self._owner = OrderedDict(), os.getpid()
-            if shard in self._descriptors:
-                self._descriptors.move_to_end(shard)
-                return self._descriptors[shard]
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._descriptors[shard] = descriptor
-            if len(self._descriptors) > MAX_OPEN_SHARDS:
-                _, oldest = self._descriptors.popitem(last=False)
-                os.close(oldest)
-            return descriptor
+                self._open, self._owner = OrderedDict(), os.getpid()
+            if number in self._open:
+                self._open.move_to_end(number)
+            else:
+                self._open[number] = _OpenShard(path)
+                if len(self._open) > MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            return self._open[number]
 
     def null_text(self) -> dict[str, np.ndarray]:
         """Return the text members of the empty caption, each with n = 1.
@@ -112,9 +126,6 @@ class LatentDataset:
         return arrays
 
     def close(self) -> None:
-        """Close the descriptors of this process."""
+        """Close the descriptors of this process; a read that is under way ends first."""
         with self._lock:
-            if self._owner == os.getpid():
-                for descriptor in self._descriptors.values():
-                    os.close(descriptor)
-            self._descriptors.clear()
+            self._open.clear()

@@ -11,36 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.latents.shard import SPLITS, Segment
 
-SPLITS = ("train", "validation")
 SEGMENT_DTYPE = np.dtype(
     [
         ("shard", "<u4"),
         ("split", "<u2"),
         ("height", "<u2"),
         ("width", "<u2"),
-        ("json_bytes", "<u2"),
+        ("json_bytes", "<u4"),
         ("first_row", "<u4"),
         ("rows", "<u4"),
         ("stride", "<u4"),
         ("first_offset", "<u8"),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """`rows` samples of one split and bucket in one shard, `stride` bytes apart from `first_offset` on."""
-
-    shard: int
-    split: str
-    height: int
-    width: int
-    json_bytes: int
-    first_row: int
-    rows: int
-    stride: int
-    first_offset: int
 
 
 def segments_array(segments: Iterable[Segment]) -> np.ndarray:

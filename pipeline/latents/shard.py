@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.latents.segments import Segment
 
 FORMAT = 1
 SHARDS_PER_FOLDER = 1000
+SPLITS = ("train", "validation")
 
 
 def shard_path(dataset: Path, stem: str, suffix: str) -> Path:
@@ -79,6 +79,21 @@ class ChannelStatistics:
 
 def _added(left: list[float], right: list[float]) -> list[float]:
     return [a + b for a, b in zip(left, right, strict=True)]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`rows` samples of one split and bucket in one shard, `stride` bytes apart from `first_offset` on."""
+
+    shard: int
+    split: str
+    height: int
+    width: int
+    json_bytes: int
+    first_row: int
+    rows: int
+    stride: int
+    first_offset: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""The door: help at once, one clear line and an exit code for a mistake, nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+VERBS = (
+    "demo check doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit status"
+).split()
+
+
+def ldm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_lists_every_verb() -> None:
+    said = ldm("--help")
+    assert said.returncode == 0
+    assert all(verb in said.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    said = ldm(verb, "--help")
+    assert said.returncode == 0 and f"Example: ldm {verb}" in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["check", "configs/nowhere.yaml"], 2, "no such config file"),
+        (["check", "configs/demo.yaml", "engine.globl_batch=3"], 2, "did you mean 'global_batch'?"),
+        (["check", "configs/demo.yaml", "engine.global_batch=1"], 2, "smaller than processes 2"),
+        (["check", "configs/demo.yaml", "encode.source=nowhere"], 2, "encode.source: nowhere is no folder"),
+        (["check", "configs/demo.yaml", "data.dataset=nowhere"], 2, "no manifest.json"),
+        (["check", "configs/demo.yaml", "model.cross_attention_dim=64"], 2, "first_stage.clip.width is 128"),
+        (["check", "configs/demo.yaml", "encode.image_size=72", "first_stage.clip.patch=8"], 2, "a multiple of 16"),
+        (["train", "configs/demo.yaml", "data.dataset=nowhere"], 2, "no manifest.json"),
+        (["train", "configs/demo.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
+        (["evaluate", "nowhere"], 2, "not a run folder"),
+        (["status", "nowhere"], 2, "neither a run folder"),
+        (["verify", "nowhere"], 3, "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    answer = ldm(*arguments, cwd=tmp_path)
+    assert answer.returncode == code, answer.stderr
+    assert said in answer.stderr and "Traceback" not in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["configs", "examples"]
+
+
+def test_check_says_what_follows_from_the_config() -> None:
+    said = ldm("check", "configs/demo.yaml", "engine.global_batch=30", "engine.micro_batch=4")
+    assert said.returncode == 0
+    assert "30 samples = 2 ranks x 4 micro-batches of up to 4" in said.stdout and "'stage': 1" in said.stdout
+
+
+def test_doctor_names_every_package() -> None:
+    said = ldm("doctor")
+    assert said.returncode == 0, said.stdout
+    assert "torch" in said.stdout and "device" in said.stdout and "MISSING" not in said.stdout
