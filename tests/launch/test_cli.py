@@ -44,7 +44,11 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["check", "configs/demo.yaml", "encode.source=nowhere"], 2, "encode.source: nowhere is no folder"),
         (["check", "configs/demo.yaml", "data.dataset=nowhere"], 2, "no manifest.json"),
         (["check", "configs/demo.yaml", "model.cross_attention_dim=64"], 2, "first_stage.clip.width is 128"),
-        (["check", "configs/demo.yaml", "encode.image_size=72", "first_stage.clip.patch=8"], 2, "a multiple of 16"),
+        (
+            ["check", "configs/demo.yaml", "encode.image_size=72", "first_stage.clip.patch=8"],
+            2,
+            "a multiple of 16",
+        ),
         (["train", "configs/demo.yaml", "data.dataset=nowhere"], 2, "no manifest.json"),
         (["train", "configs/demo.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
         (["evaluate", "nowhere"], 2, "not a run folder"),
