@@ -186,6 +186,14 @@ class UNetConfig(Section):
                 raise ValueError(
                     f"block_out_channels {width} is not a multiple of norm_num_groups {self.norm_num_groups}"
                 )
+        heads = self.attention_head_dim
+        for width, count in zip(
+            self.block_out_channels, heads if isinstance(heads, tuple) else (heads,) * levels, strict=True
+        ):
+            if width % count:
+                raise ValueError(
+                    f"attention_head_dim {count} (heads) does not divide block_out_channels {width}"
+                )
         sdxl = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         if (self.addition_embed_type is None) != (sdxl == (None, None)) or (
             self.addition_embed_type is not None and None in sdxl

@@ -1,0 +1,249 @@
+"""The cross-attention U-Net of latent diffusion, to be read beside LDM section 3.3 (Rombach et al. 2022).
+
+Parameter names and shapes are those of `diffusers.UNet2DConditionModel`: a state dict goes either way with
+`strict=True`. SD 1.x has 859,520,964 parameters, SD 2.x 865,910,724, SDXL base 2,567,463,684.
+
+Level 0 is the finest, at the latent's own size; each level below halves the sides. Shape letters as in
+`layers`: B batch, C channels, H W sides, L text tokens, D text width, E time width, P width of pooled text.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.config import UNetConfig
+from pipeline.models.layers import (
+    Downsample,
+    EmbeddingMLP,
+    ResnetBlock,
+    Run,
+    SpatialTransformer,
+    Upsample,
+    timestep_embedding,
+)
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: `layers_per_block` residual blocks, attention behind each or behind none."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        width, came_from = channels[level], channels[max(level - 1, 0)]
+        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        self.resnets, self.attentions = nn.ModuleList(), nn.ModuleList()
+        for layer in range(config.layers_per_block):
+            self.resnets.append(ResnetBlock(width if layer else came_from, width, config))
+            if attends:
+                self.attentions.append(_attention(config, level))
+        lowest = level == len(channels) - 1
+        self.downsamplers = nn.ModuleList([] if lowest else [Downsample(width)])
+
+    def forward(
+        self, x_BCHW: Tensor, time_BE: Tensor, text_BLD: Tensor, run: Run
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the map for the level below and every map that the way up will want back."""
+        skips = []
+        for layer, resnet in enumerate(self.resnets):
+            x_BCHW = run(resnet, x_BCHW, time_BE)
+            if self.attentions:
+                x_BCHW = self.attentions[layer](x_BCHW, text_BLD, run)
+            skips.append(x_BCHW)
+        for downsample in self.downsamplers:
+            x_BCHW = downsample(x_BCHW)
+            skips.append(x_BCHW)
+        return x_BCHW, skips
+
+
+class MidBlock(nn.Module):
+    """The bottom: residual, attention, residual, at the lowest level's width."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width, lowest = config.block_out_channels[-1], len(config.block_out_channels) - 1
+        first = ResnetBlock(width, width, config)
+        self.attentions = nn.ModuleList([_attention(config, lowest)])
+        self.resnets = nn.ModuleList([first, ResnetBlock(width, width, config)])
+
+    def forward(self, x_BCHW: Tensor, time_BE: Tensor, text_BLD: Tensor, run: Run) -> Tensor:
+        x_BCHW = run(self.resnets[0], x_BCHW, time_BE)
+        x_BCHW = self.attentions[0](x_BCHW, text_BLD, run)
+        return run(self.resnets[1], x_BCHW, time_BE)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: one residual block more than on the way down, each fed one of the skips."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        lowest = len(channels) - 1
+        width, came_from = channels[level], channels[min(level + 1, lowest)]
+        attends = config.up_block_types[lowest - level] == "CrossAttnUpBlock2D"
+        self.resnets, self.attentions = nn.ModuleList(), nn.ModuleList()
+        for layer in range(config.layers_per_block + 1):
+            # The last skip of a level is what entered it on the way down, so it has the finer level's width.
+            skip = channels[max(level - 1, 0)] if layer == config.layers_per_block else width
+            self.resnets.append(ResnetBlock((width if layer else came_from) + skip, width, config))
+            if attends:
+                self.attentions.append(_attention(config, level))
+        self.upsamplers = nn.ModuleList([Upsample(width)] if level else [])
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        skips: list[Tensor],
+        size: torch.Size | None,
+        time_BE: Tensor,
+        text_BLD: Tensor,
+        run: Run,
+    ) -> Tensor:
+        """Return the map at `size`, the sides of the level above; None, and unused, at the finest level."""
+        for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x_BCHW = run(resnet, torch.cat([x_BCHW, skip], dim=1), time_BE)
+            if self.attentions:
+                x_BCHW = self.attentions[layer](x_BCHW, text_BLD, run)
+        for upsample in self.upsamplers:
+            x_BCHW = upsample(x_BCHW, size)
+        return x_BCHW
+
+
+class UNet(nn.Module):
+    """Predicts noise (or v) from noisy latents, their timesteps and the text: epsilon_theta(z_t, t, tau(y)).
+
+    `gradient_checkpointing` makes training keep only what enters each residual and transformer block, and
+    compute the rest again in backward: a third more arithmetic, a fraction of the memory, the same gradients.
+
+    Source: LDM equation 3 and section 3.3.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        time_width = 4 * channels[0]
+        self.config = config
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = EmbeddingMLP(channels[0], time_width)
+        self.add_embedding = None
+        if config.projection_class_embeddings_input_dim is not None:
+            self.add_embedding = EmbeddingMLP(config.projection_class_embeddings_input_dim, time_width)
+        levels = range(len(channels))
+        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade arithmetic for memory in training from the next forward pass on; see the class."""
+        self.gradient_checkpointing = True
+
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        pooled_BP: Tensor | None = None,
+        time_ids_B6: Tensor | None = None,
+    ) -> Tensor:
+        """Return the prediction [B, out_channels, H, W] in the latents' dtype, for any H and W.
+
+        Latents and text have the model's dtype; timesteps may be integers or floats. SDXL alone takes the
+        pooled text and six sizes in pixels: original (h, w), crop (top, left), target (h, w).
+
+        Raises:
+            ValueError: an input's shape does not fit the config, or SDXL's inputs are missing, or not wanted.
+        """
+        self._check_shapes(latents_BCHW, timesteps_B, text_BLD, pooled_BP, time_ids_B6)
+        run = self._checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _straight
+        time_BE = self._embed_time(latents_BCHW.dtype, timesteps_B, pooled_BP, time_ids_B6)
+
+        x_BCHW = self.conv_in(latents_BCHW)
+        # Sliced, never popped inside a block: under ZeRO-3 a module receives copies of its list arguments.
+        skips = [x_BCHW]
+        for down_block in self.down_blocks:
+            x_BCHW, made = down_block(x_BCHW, time_BE, text_BLD, run)
+            skips = skips + made
+
+        x_BCHW = self.mid_block(x_BCHW, time_BE, text_BLD, run)
+
+        wanted = self.config.layers_per_block + 1
+        for up_block in self.up_blocks:
+            skips, taken = skips[:-wanted], skips[-wanted:]
+            # The skip that comes next decides the size, so that sides that do not halve evenly work.
+            size = skips[-1].shape[2:] if skips else None
+            x_BCHW = up_block(x_BCHW, taken, size, time_BE, text_BLD, run)
+
+        return self.conv_out(nn.functional.silu(self.conv_norm_out(x_BCHW)))
+
+    def _embed_time(
+        self, dtype: torch.dtype, timesteps_B: Tensor, pooled_BP: Tensor | None, time_ids_B6: Tensor | None
+    ) -> Tensor:
+        """Return [B, E]: the timestep, plus for SDXL the pooled text and the sizes (SDXL section 2.2)."""
+        sinusoids = timestep_embedding(timesteps_B, self.config.block_out_channels[0])
+        time_BE = self.time_embedding(sinusoids.to(dtype))
+        if self.add_embedding is None:
+            return time_BE
+        width = self.config.addition_time_embed_dim
+        assert width is not None and pooled_BP is not None and time_ids_B6 is not None
+        sizes = timestep_embedding(time_ids_B6.flatten(), width).unflatten(0, time_ids_B6.shape).flatten(1)
+        return time_BE + self.add_embedding(torch.cat([pooled_BP, sizes], dim=-1).to(dtype))
+
+    def _check_shapes(
+        self,
+        latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        pooled_BP: Tensor | None,
+        time_ids_B6: Tensor | None,
+    ) -> None:
+        """Refuse what would broadcast or be left out without a word."""
+        config, batch = self.config, latents_BCHW.shape[0]
+        _expect("latents_BCHW", latents_BCHW, (batch, config.in_channels, None, None))
+        _expect("timesteps_B", timesteps_B, (batch,))
+        _expect("text_BLD", text_BLD, (batch, None, config.cross_attention_dim))
+        sized, pooled_width = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
+        if sized is None or pooled_width is None:
+            _expect("pooled_BP", pooled_BP, None)
+            _expect("time_ids_B6", time_ids_B6, None)
+        else:
+            _expect("pooled_BP", pooled_BP, (batch, pooled_width - 6 * sized))
+            _expect("time_ids_B6", time_ids_B6, (batch, 6))
+
+    def _checkpointed(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        # Reading the random state costs a call per block; only dropout would draw from it.
+        draws = self.training and self.config.dropout > 0
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
+
+
+def parameter_count(config: UNetConfig) -> int:
+    """Return the number of parameters of `UNet(config)`; takes no memory: it is built on the meta device."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(config).parameters())
+
+
+def _attention(config: UNetConfig, level: int) -> SpatialTransformer:
+    heads, depth = config.attention_head_dim, config.transformer_layers_per_block
+    return SpatialTransformer(
+        config.block_out_channels[level],
+        heads=heads if isinstance(heads, int) else heads[level],
+        depth=depth if isinstance(depth, int) else depth[level],
+        config=config,
+    )
+
+
+def _straight(block: nn.Module, *inputs: Tensor) -> Tensor:
+    return block(*inputs)
+
+
+def _expect(name: str, tensor: Tensor | None, shape: tuple[int | None, ...] | None) -> None:
+    """Raise ValueError unless the tensor is there and fits the shape, or, where shape is None, is absent."""
+    if tensor is None or shape is None:
+        if (tensor is None) == (shape is None):
+            return
+    elif tensor.dim() == len(shape) and all(w in (None, n) for n, w in zip(tensor.shape, shape, strict=True)):
+        return
+    got = "None" if tensor is None else str(list(tensor.shape))
+    need = "None: this config has no text_time embedding" if shape is None else str(list(shape))
+    raise ValueError(f"UNet.forward: {name} is {got}, must be {need} (None in a shape: any size)")
