@@ -34,6 +34,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="settings laid over it, e.g. train.steps=100"),
 ]
 DatasetPath = Annotated[Path, typer.Argument(metavar="DATASET", help="folder of a latent data set")]
+DEMO_CONFIG = Path("configs/demo.yaml")
 
 
 class Weights(StrEnum):
@@ -69,8 +70,9 @@ def _of_run(run: Path, overrides: Sequence[str] | None) -> tuple[Any, Any]:
 
 @app.command()
 def demo(
-    config: Annotated[Path, typer.Argument(metavar="[CONFIG]")] = Path("configs/demo.yaml"),
-    overrides: Overrides = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="default configs/demo.yaml")
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="three minutes: less training, the same chain")
     ] = False,
@@ -81,7 +83,9 @@ def demo(
     """
     from launch.demo import run_demo
 
-    run_demo(config, overrides or (), fast=fast)
+    given = arguments or []
+    named = given[:1] if given and "=" not in given[0] else []
+    run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast)
 
 
 @app.command()
@@ -232,7 +236,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         raise typer.Exit(run_local(again, run.engine.processes, threads=run.engine.threads))
     from launch.rank import train_rank
 
-    typer.echo(train_rank(run, paths, placement))
+    line = train_rank(run, paths, placement)
+    if line:
+        typer.echo(line)
 
 
 @app.command()
@@ -290,7 +296,12 @@ def submit(
     run, paths = _configured(config, overrides)
     from launch.slurm import submit_job
 
-    typer.echo(submit_job(run, paths, dry_run=dry_run))
+    job = submit_job(run, paths, dry_run=dry_run)
+    typer.echo(
+        job.script
+        if job.job_id is None
+        else f"submitted job {job.job_id}; follow it with ldm status {paths.root}"
+    )
 
 
 @app.command()

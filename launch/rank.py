@@ -17,7 +17,7 @@ COLLECTIVE_TIMEOUT_SECONDS = 600.0
 
 
 def train_rank(config: RunConfig, paths: RunPaths, placement: Placement) -> str:
-    """Train as the rank that `placement` names; return the line to print.
+    """Train as the rank that `placement` names; return the line to print, empty but on rank 0.
 
     Raises:
         StoppedError: when the training was asked to stop and has saved its state.
@@ -42,4 +42,6 @@ def train_rank(config: RunConfig, paths: RunPaths, placement: Placement) -> str:
         raise StoppedError(
             f"{paths.root}: stopped at step {result.step} with its state saved; run the same command to go on"
         )
+    if placement.rank:
+        return ""
     return f"{paths.root}: step {result.step}, {result.samples} samples, loss {result.loss:.4f}"

@@ -1,0 +1,207 @@
+"""Validation loss at fixed timesteps with fixed noise: the same question at every step, of raw and EMA weights.
+
+The noise of a sample at a timestep follows from its key alone, so results of different steps, runs, batch sizes
+and grown data sets differ only by what the network learned. Follows MLPerf's stable-diffusion benchmark in
+fixing the timesteps, and takes the posterior's mean, which has no noise of its own.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import publish
+from pipeline.config import RunConfig
+from pipeline.diffusion import draws
+from pipeline.diffusion.objective import denoising_loss
+from pipeline.diffusion.posterior import scale_latents, split_moments
+from pipeline.diffusion.schedule import Schedule
+from pipeline.errors import DataError, DivergedError
+from pipeline.generate import (
+    TrainedNetwork,
+    Weights,
+    dataset_folder,
+    default_device,
+    encoder_folders,
+    refuse_differences,
+)
+from pipeline.latents.reader import LatentDataset
+from pipeline.latents.record import LatentSample
+from pipeline.models.text_encoder import FrozenTextEncoder
+from pipeline.paths import RunPaths
+from pipeline.progress import Progress, progress_bar
+from pipeline.tracking import open_records
+
+# One for all runs: their validation losses can be compared.
+NOISE_SEED = 0
+KINDS: tuple[Weights, ...] = ("raw", "ema")
+
+
+def evaluate_run(paths: RunPaths, config: RunConfig) -> dict[str, Any]:
+    """Return the validation losses of the newest checkpoint, raw and EMA, and write them to `paths.evaluation`.
+
+    `config` decides how many samples and timesteps; the model, the objective and the data are the checkpoint's.
+
+    Raises:
+        CheckpointError: when there is no valid checkpoint.
+        DivergedError: when a loss is not finite.
+        DataError: when the validation split is empty or the data is not what the checkpoint was trained on.
+    """
+    device = default_device()
+    trained = TrainedNetwork.newest(paths, "raw", device)
+    dataset = _validation_split(trained, paths)
+    text_encoder = _text_encoder(trained, dataset, paths, device)
+    timesteps = evaluation_timesteps(config.evaluate.timesteps, trained.config.objective.timesteps)
+    samples = min(len(dataset), config.evaluate.max_samples)
+    result: dict[str, Any] = {
+        "step": trained.step,
+        "samples": trained.samples,
+        "checkpoint": trained.checkpoint.name,
+        "data_digest": trained.data_digest,
+        "validation_samples": samples,
+        "prediction": trained.config.objective.prediction,
+        "timesteps": timesteps,
+    }
+    for weights in KINDS:
+        if weights != trained.weights:
+            trained = TrainedNetwork.load(trained.checkpoint, weights, device)
+        with progress_bar(samples * len(timesteps), f"evaluate {weights}", unit="loss") as progress:
+            evaluator = Evaluator(trained, dataset, text_encoder)
+            losses_NT = evaluator.losses(samples, timesteps, config.evaluate.batch, progress)
+        _refuse_non_finite(losses_NT, trained)
+        result[weights] = summary(losses_NT)
+    dataset.close()
+    publish.write_json(paths.evaluation, result)
+    _record(result, paths, config)
+    return result
+
+
+class Evaluator:
+    """Asks one network for its loss on fixed samples at fixed timesteps with fixed noise."""
+
+    def __init__(
+        self, trained: TrainedNetwork, dataset: LatentDataset, text_encoder: FrozenTextEncoder | None
+    ) -> None:
+        """`text_encoder` is needed only for a data set that stores tokens."""
+        self._network, self._prediction = trained.network, trained.config.objective.prediction
+        self._device = next(trained.network.parameters()).device
+        self._schedule = Schedule.from_config(trained.config.objective, self._device)
+        self._dataset, self._text_encoder = dataset, text_encoder
+
+    @torch.no_grad()
+    def losses(self, samples: int, timesteps: list[int], batch: int, progress: Progress) -> np.ndarray:
+        """Return the loss of each of the first `samples` samples at each timestep, float64 [N, T]."""
+        losses_NT = np.full((samples, len(timesteps)), np.nan)
+        for indices, part in self._batches(samples, batch):
+            x0_BCHW, text_BLD = self._inputs(part)
+            for column, timestep in enumerate(timesteps):
+                noise = [validation_noise(sample.key, timestep, x0_BCHW.shape[1:]) for sample in part]
+                loss_B = denoising_loss(
+                    self._network,
+                    x0_BCHW,
+                    text_BLD,
+                    torch.from_numpy(np.stack(noise)).to(self._device),
+                    torch.full((len(part),), timestep, device=self._device),
+                    self._schedule,
+                    self._prediction,
+                )
+                losses_NT[indices, column] = loss_B.double().cpu().numpy()
+                progress.advance(len(part))
+        return losses_NT
+
+    def _batches(self, samples: int, batch: int) -> Iterator[tuple[list[int], list[LatentSample]]]:
+        """Yield up to `batch` samples of one latent shape with their indices; the split is ordered by bucket."""
+        indices: list[int] = []
+        part: list[LatentSample] = []
+        for index in range(samples):
+            sample = self._dataset.read(index)
+            other = part and part[0].arrays["latent"].shape != sample.arrays["latent"].shape
+            if other or len(part) == batch:
+                yield indices, part
+                indices, part = [], []
+            indices.append(index)
+            part.append(sample)
+        if part:
+            yield indices, part
+
+    def _inputs(self, part: list[LatentSample]) -> tuple[Tensor, Tensor]:
+        """Return scaled posterior means [B, C, H, W] and the states of each first caption [B, L, D], float32."""
+        spec = self._dataset.spec
+        moments_BMHW = torch.from_numpy(np.stack([sample.arrays["latent"] for sample in part]))
+        mean_BCHW, _ = split_moments(moments_BMHW.to(self._device), spec.channels)
+        x0_BCHW = scale_latents(mean_BCHW, spec.scaling_factor, spec.shift_factor)
+        name = "text" if self._text_encoder is None else "tokens"
+        stored = np.stack([sample.arrays[name][0] for sample in part])
+        if self._text_encoder is None:
+            return x0_BCHW, torch.from_numpy(stored).to(self._device).float()
+        return x0_BCHW, self._text_encoder.encode(torch.from_numpy(stored.astype(np.int64)))
+
+
+def evaluation_timesteps(count: int, timesteps: int) -> list[int]:
+    """Return `count` timesteps in [0, T), the middles of equal parts: their mean estimates the mean over all T."""
+    count = min(count, timesteps)
+    return [(2 * place + 1) * timesteps // (2 * count) for place in range(count)]
+
+
+def validation_noise(key: str, timestep: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the noise, float32 of `shape`, of the sample `key` at `timestep`: the same in every evaluation."""
+    name = hashlib.sha256(f"{key}\n{timestep}".encode()).digest()
+    position = int.from_bytes(name[:8], "little") >> 1
+    return draws.normal(NOISE_SEED, position, draws.Purpose.VALIDATION_NOISE, tuple(shape))
+
+
+def summary(losses_NT: np.ndarray) -> dict[str, Any]:
+    """Return the mean loss, its standard error over the samples, and the mean at each timestep."""
+    means_N = losses_NT.mean(axis=1)
+    spread = float(means_N.std(ddof=1)) if len(means_N) > 1 else 0.0
+    return {
+        "loss": float(means_N.mean()),
+        "standard_error": spread / math.sqrt(len(means_N)),
+        "loss_by_timestep": losses_NT.mean(axis=0).tolist(),
+    }
+
+
+def _validation_split(trained: TrainedNetwork, paths: RunPaths) -> LatentDataset:
+    folder = dataset_folder(trained.config, paths)
+    dataset = LatentDataset(folder, "validation")
+    refuse_differences(folder, {"digest": (dataset.manifest.digest, trained.data_digest)})
+    if len(dataset) == 0:
+        raise DataError(
+            f"{folder}: the validation split is empty; set encode.validation_samples and encode again"
+        )
+    return dataset
+
+
+def _text_encoder(
+    trained: TrainedNetwork, dataset: LatentDataset, paths: RunPaths, device: torch.device
+) -> FrozenTextEncoder | None:
+    if dataset.spec.text == "embeddings":
+        return None
+    folder = encoder_folders(trained.config, paths)[1]
+    encoder = FrozenTextEncoder.load(folder, device, trained.config.encode.precision)
+    refuse_differences(
+        dataset.folder, {"encoder.text_encoder": (dataset.manifest.encoder["text_encoder"], encoder.digest)}
+    )
+    return encoder
+
+
+def _refuse_non_finite(losses_NT: np.ndarray, trained: TrainedNetwork) -> None:
+    wrong = int((~np.isfinite(losses_NT)).sum())
+    if wrong:
+        raise DivergedError(
+            f"{trained.checkpoint}: {wrong} of {losses_NT.size} validation losses of the {trained.weights} weights "
+            "are not finite; go back to an earlier checkpoint"
+        )
+
+
+def _record(result: dict[str, Any], paths: RunPaths, config: RunConfig) -> None:
+    values = {f"validation_loss_{weights}": result[weights]["loss"] for weights in KINDS}
+    for weights in KINDS:
+        for timestep, loss in zip(result["timesteps"], result[weights]["loss_by_timestep"], strict=True):
+            values[f"validation_loss_{weights}/t{timestep:04d}"] = loss
+    with open_records(paths, config, kind="evaluate", attempt="evaluate") as records:
+        records.log(result["step"], values, samples=result["samples"])

@@ -1,0 +1,272 @@
+"""Prompts -> text states -> latents -> pictures, with the weights of the newest verified checkpoint.
+
+A picture is a function of (weights, prompt, seed, picture number, sampler settings): its noise is drawn by
+counter, so neither the batch it is painted in nor its neighbours matter. Nothing here depends on the world size
+that the weights were trained with.
+
+Shape letters: B pictures, C latent channels, H W latent sides, L text tokens, D text width, N pictures in all.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import RunConfig, SampleConfig
+from pipeline.diffusion import draws
+from pipeline.diffusion.guidance import guide
+from pipeline.diffusion.posterior import unscale_latents
+from pipeline.diffusion.samplers import make_sampler, sampling_timesteps
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.latents.manifest import Manifest
+from pipeline.latents.reader import LatentDataset
+from pipeline.models.autoencoder import FrozenAutoencoder
+from pipeline.models.pixels import pixels_from_images
+from pipeline.models.text_encoder import FrozenTextEncoder
+from pipeline.models.unet import UNet
+from pipeline.paths import RunPaths
+from pipeline.training.checkpoint import load_weights, newest_checkpoint, read_manifest
+
+logger = logging.getLogger(__name__)
+
+Weights = Literal["ema", "raw"]
+PICTURES_AT_ONCE = 16
+# Share of the largest null state by which ours may differ from the stored one: fp16 storage, other devices.
+NULL_TOLERANCE = {"fp32": 0.005, "bf16": 0.05}
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """The denoiser as one checkpoint holds it, and where it comes from."""
+
+    network: UNet
+    config: RunConfig
+    """The config that the checkpoint was trained with."""
+    weights: Weights
+    checkpoint: Path
+    step: int
+    samples: int
+    """Training samples consumed."""
+    data_digest: str
+
+    @classmethod
+    def load(cls, checkpoint: Path, weights: Weights, device: torch.device | str) -> Self:
+        """Return the network of a verified checkpoint in eval mode, float32 on `device`.
+
+        Raises:
+            CheckpointError: when its weights do not fit the model that its own config describes.
+        """
+        manifest = read_manifest(checkpoint)
+        config = RunConfig.model_validate_json(json.dumps(manifest["config"]))
+        if config.model.addition_embed_type is not None:
+            raise ConfigError(
+                f"{checkpoint}: model.addition_embed_type {config.model.addition_embed_type!r} needs pooled text, "
+                "which painting and evaluating do not provide; only models without it are supported"
+            )
+        network = UNet(config.model)
+        try:
+            network.load_state_dict(load_weights(checkpoint, weights, verified=True), strict=True)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{checkpoint}: its {weights} weights do not fit its config: {said}"
+            ) from None
+        network.to(device).eval().requires_grad_(False)
+        step, samples, data_digest = (manifest[name] for name in ("step", "samples", "data_digest"))
+        return cls(network, config, weights, checkpoint, step, samples, data_digest)
+
+    @classmethod
+    def newest(cls, run: RunPaths, weights: Weights, device: torch.device | str) -> Self:
+        """Return the network of the run's newest checkpoint whose every byte is right.
+
+        Raises:
+            CheckpointError: when there is none.
+        """
+        return cls.load(newest_checkpoint(run.checkpoints), weights, device)
+
+
+class Generator:
+    """Paints pictures from prompts: denoiser, text encoder and autoencoder of one run, proven to belong together."""
+
+    def __init__(
+        self, trained: TrainedNetwork, autoencoder: FrozenAutoencoder, text_encoder: FrozenTextEncoder
+    ) -> None:
+        self.trained = trained
+        self.autoencoder, self.text_encoder = autoencoder, text_encoder
+        self.null_text_1LD = text_encoder.encode(text_encoder.tokenize([""])[0]).to(self.device)
+
+    @classmethod
+    def load(cls, run: RunPaths, weights: Weights = "ema", device: torch.device | str | None = None) -> Self:
+        """Return the generator of the run's newest checkpoint; `device` None takes a GPU if there is one.
+
+        Raises:
+            CheckpointError: when there is no valid checkpoint.
+            DataError: when the encoders are not those that made the data it was trained on.
+        """
+        device = default_device() if device is None else device
+        trained = TrainedNetwork.newest(run, weights, device)
+        autoencoder_folder, text_encoder_folder = encoder_folders(trained.config, run)
+        precision = trained.config.encode.precision
+        generator = cls(
+            trained,
+            FrozenAutoencoder.load(autoencoder_folder, device),
+            # Text states in the precision that the network was trained on.
+            FrozenTextEncoder.load(text_encoder_folder, device, precision),
+        )
+        generator.refuse_mismatch(dataset_folder(trained.config, run))
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.trained.network.parameters()).device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents that are painted by default: square, `model.sample_size` a side."""
+        model = self.trained.config.model
+        return (model.in_channels, model.sample_size, model.sample_size)
+
+    def paint(
+        self, prompts: Sequence[str], *, seed: int, sample: SampleConfig, first_picture: int = 0
+    ) -> np.ndarray:
+        """Return a picture a prompt, uint8 [N, height, width, 3]; the first has the number `first_picture`."""
+        parts = list(self.paint_in_parts(prompts, seed=seed, sample=sample, first_picture=first_picture))
+        side = self.latent_shape[1] * self.autoencoder.downsampling
+        return np.concatenate(parts) if parts else np.zeros((0, side, side, 3), np.uint8)
+
+    def paint_in_parts(
+        self, prompts: Sequence[str], *, seed: int, sample: SampleConfig, first_picture: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Yield the same pictures as `paint`, at most 16 at once, in order."""
+        for first in range(0, len(prompts), PICTURES_AT_ONCE):
+            part = prompts[first : first + PICTURES_AT_ONCE]
+            noise_BCHW = self.noise(range(first_picture + first, first_picture + first + len(part)), seed)
+            yield pixels_from_images(self.images(part, noise_BCHW, sample))
+
+    def noise(self, pictures: Sequence[int], seed: int) -> Tensor:
+        """Return the noise that each numbered picture begins with, float32 [B, C, H, W]."""
+        parts = [draws.normal(seed, k, draws.Purpose.PICTURE, self.latent_shape) for k in pictures]
+        return torch.from_numpy(np.stack(parts)).to(self.device)
+
+    def images(self, prompts: Sequence[str], noise_BCHW: Tensor, sample: SampleConfig) -> Tensor:
+        """Return images in [-1, 1], float32 [B, 3, height, width], for prompts and the noise they begin with."""
+        tokens_BL, truncated_B = self.text_encoder.tokenize(prompts)
+        for prompt, truncated in zip(prompts, truncated_B.tolist(), strict=True):
+            if truncated:
+                logger.warning("prompt cut to %d tokens: %.80s", self.text_encoder.max_tokens, prompt)
+        text_BLD = self.text_encoder.encode(tokens_BL).to(self.device)
+        latents_BCHW = self.denoise(noise_BCHW, text_BLD, sample)
+        encoder = self.autoencoder
+        return encoder.decode(unscale_latents(latents_BCHW, encoder.scaling_factor, encoder.shift_factor))
+
+    @torch.no_grad()
+    def denoise(self, noise_BCHW: Tensor, text_BLD: Tensor, sample: SampleConfig) -> Tensor:
+        """Return scaled latents, float32 [B, C, H, W], sampled under classifier-free guidance.
+
+        Both predictions come from one forward pass on 2B latents. At scale 1 the unconditional half, at scale 0
+        the conditional half has no weight and is not computed.
+
+        Source: Ho & Salimans 2022, algorithm 2.
+        """
+        sampler = make_sampler(sample.sampler, self.trained.config.objective)
+        z_BCHW, scale = noise_BCHW, sample.guidance_scale
+        null_text_BLD = self.null_text_1LD.expand_as(text_BLD)
+        if scale in (0.0, 1.0):
+            text = text_BLD if scale == 1.0 else null_text_BLD
+        else:
+            text = torch.cat([null_text_BLD, text_BLD])
+        copies = len(text) // len(z_BCHW)
+        for timestep in sampling_timesteps(sampler, sample.steps):
+            timesteps = timestep.to(self.device).expand(len(text))
+            predicted = self.trained.network(z_BCHW.repeat(copies, 1, 1, 1), timesteps, text)
+            if copies == 2:
+                unconditional, conditional = predicted.chunk(2)
+                predicted = guide(unconditional, conditional, scale)
+            z_BCHW = sampler.step(predicted, timestep, z_BCHW).prev_sample
+        return z_BCHW
+
+    def refuse_mismatch(self, dataset: Path) -> None:
+        """Do nothing if the encoders are those that made the data set that the network was trained on.
+
+        A data set that is no longer there (a model outlives its cache) cannot be compared: that is said aloud.
+
+        Raises:
+            DataError: naming each field that differs, with both values.
+        """
+        if not dataset.exists():
+            logger.warning("%s is not there: encoders are used without comparing digests", dataset)
+            return
+        manifest = Manifest.load(dataset)
+        encoder, autoencoder, text_encoder = manifest.encoder, self.autoencoder, self.text_encoder
+        refuse_differences(
+            dataset,
+            {
+                "digest": (manifest.digest, self.trained.data_digest),
+                "encoder.autoencoder": (encoder["autoencoder"], autoencoder.digest),
+                "encoder.text_encoder": (encoder["text_encoder"], text_encoder.digest),
+                "encoder.tokenizer": (encoder["tokenizer"], text_encoder.tokenizer_digest),
+                "spec.scaling_factor": (manifest.spec.scaling_factor, autoencoder.scaling_factor),
+                "spec.shift_factor": (manifest.spec.shift_factor, autoencoder.shift_factor),
+            },
+        )
+        self._refuse_other_null_text(dataset)
+
+    def _refuse_other_null_text(self, dataset: Path) -> None:
+        """The network learned to paint without a caption from the stored null text: guidance must use the same."""
+        stored = LatentDataset(dataset).null_text()
+        tokens_1L = self.text_encoder.tokenize([""])[0].numpy()
+        if not np.array_equal(stored["tokens"].astype(np.int64), tokens_1L):
+            raise DataError(
+                f"{dataset}/null/tokens.npy: is not what the text encoder makes of an empty caption"
+            )
+        if "text" in stored:
+            ours = self.null_text_1LD.cpu().numpy()
+            difference = float(np.abs(stored["text"].astype(np.float32) - ours).max())
+            allowed = NULL_TOLERANCE[self.trained.config.encode.precision] * float(np.abs(ours).max())
+            if not difference <= allowed:
+                raise DataError(
+                    f"{dataset}/null/text.npy: differs by {difference:.3g} from the text encoder's empty caption, "
+                    f"at most {allowed:.3g} is rounding; encode the data set again"
+                )
+
+
+def default_device() -> torch.device:
+    """Return the GPU if torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dataset_folder(config: RunConfig, run: RunPaths) -> Path:
+    """Return the latent data set of the run: the one that the config names, or the run folder's own."""
+    return Path(config.data.dataset) if config.data.dataset else run.latents
+
+
+def encoder_folders(config: RunConfig, run: RunPaths) -> tuple[Path, Path]:
+    """Return the folders of the frozen autoencoder and text encoder: the config's, or those trained in the run."""
+    autoencoder, text_encoder = config.encode.autoencoder, config.encode.text_encoder
+    return (
+        Path(autoencoder) if autoencoder else run.autoencoder,
+        Path(text_encoder) if text_encoder else run.text_encoder,
+    )
+
+
+def refuse_differences(dataset: Path, fields: dict[str, tuple[str | float, str | float]]) -> None:
+    """Do nothing if each field's (data set's value, ours) are equal.
+
+    Raises:
+        DataError: naming each field that differs, with both values.
+    """
+    wrong = [
+        f"{name} is {theirs!r} in the data set, {ours!r} here"
+        for name, (theirs, ours) in fields.items()
+        if not (theirs == ours or (isinstance(ours, float) and math.isclose(float(theirs), ours)))
+    ]
+    if wrong:
+        raise DataError(f"{dataset}: {'; '.join(wrong)}; use the encoders and data of the training")

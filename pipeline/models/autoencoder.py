@@ -1,0 +1,171 @@
+"""The KL autoencoder between pixels and latents: built, saved, and loaded frozen from a local diffusers folder.
+
+Scaling is not applied here: `encode` and `decode` speak unscaled latents, `diffusion/posterior.py` scales once.
+Shape letters: B batch, C latent channels, H W sides (of the image or the latent).
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from diffusers.models import AutoencoderKL
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+
+from pipeline.config import AutoencoderConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.models.model_folder import model_digest, open_model_folder
+from pipeline.models.pixels import require_image_range
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+REMEDY = (
+    "set encode.autoencoder to a local diffusers AutoencoderKL folder, "
+    "or make one with `ldm train-autoencoder CONFIG`"
+)
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_autoencoder(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
+    """Return a fresh AutoencoderKL for images of `image_size` pixels a side, drawn from torch's generator.
+
+    Raises:
+        ConfigError: when the sizes do not fit together.
+    """
+    if image_size % config.downsampling:
+        raise ConfigError(
+            f"encode.image_size {image_size} is not a multiple of {config.downsampling}, the downsampling of "
+            f"{len(config.block_out_channels)} first_stage.autoencoder.block_out_channels"
+        )
+    odd = [width for width in config.block_out_channels if width % config.norm_num_groups]
+    if odd:
+        raise ConfigError(
+            f"first_stage.autoencoder.block_out_channels {odd[0]} is not a multiple of "
+            f"norm_num_groups {config.norm_num_groups}"
+        )
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=image_size,
+        mid_block_add_attention=config.mid_block_attention,
+    )
+
+
+def save_autoencoder(model: AutoencoderKL, folder: Path, scaling_factor: float) -> None:
+    """Write the diffusers folder: `config.json` with `scaling_factor`, and the weights as safetensors.
+
+    Written in place: call it inside `publish.whole_folder`.
+    """
+    model.register_to_config(scaling_factor=float(scaling_factor))
+    model.save_pretrained(folder, safe_serialization=True)
+
+
+def moments_of(model: AutoencoderKL, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log-variance [B, C, h, w], fp32, of the posterior over latents; logvar in [-30, 20]."""
+    moments = model._encode(images_BCHW).float()
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
+
+
+class FrozenAutoencoder:
+    """A KL autoencoder that only maps: no gradients, no dropout, no scaling."""
+
+    def __init__(self, model: AutoencoderKL, digest: str) -> None:
+        """Freeze `model`; `digest` names its stored config and weights."""
+        self._model = model.eval().requires_grad_(False)
+        self.digest = digest
+        config = model.config
+        self.channels = int(config["latent_channels"])
+        self.downsampling = int(2 ** (len(config["block_out_channels"]) - 1))
+        self.scaling_factor = float(config["scaling_factor"])
+        self.shift_factor = float(config["shift_factor"] or 0.0)
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, device: str | torch.device = "cpu", precision: Precision = "fp32"
+    ) -> Self:
+        """Return the autoencoder in a local diffusers folder, weights in `precision`, on `device`.
+
+        Raises:
+            ConfigError: when the folder is missing or holds another kind of model.
+            DataError: when it holds code, is damaged, or lacks weights.
+        """
+        found = open_model_folder(Path(folder), WEIGHTS_STEM, REMEDY)
+        _require_plain_kl(found.folder, found.config)
+        digest = model_digest(found, found.config)
+        model = _load_complete(found.folder, DTYPES[precision])
+        nn.Module.to(model, torch.device(device))
+        return cls(model, digest)
+
+    @torch.no_grad()
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Return unscaled moments [B, 2C, H/f, W/f], fp32: mean, then logvar clamped to [-30, 20].
+
+        `images_BCHW` are floating images in [-1, 1], sides multiples of the downsampling f.
+
+        Raises:
+            DataError: when values lie outside [-1, 1] or the sides do not divide.
+        """
+        require_image_range(images_BCHW)
+        if images_BCHW.shape[2] % self.downsampling or images_BCHW.shape[3] % self.downsampling:
+            raise DataError(
+                f"images: {images_BCHW.shape[2]} x {images_BCHW.shape[3]} pixels; the sides must be multiples of "
+                f"{self.downsampling}, the autoencoder's downsampling"
+            )
+        mean, logvar = moments_of(self._model, images_BCHW.to(self._model.device, self._model.dtype))
+        return torch.cat([mean, logvar], dim=1)
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return images [B, 3, H f, W f], fp32, cut to [-1, 1], from unscaled latents [B, C, H, W]."""
+        if latents_BCHW.ndim != 4 or latents_BCHW.shape[1] != self.channels:
+            raise DataError(
+                f"latents: shape {tuple(latents_BCHW.shape)}; expected [B, {self.channels}, H, W]; "
+                f"moments have twice the channels and are sampled first"
+            )
+        latents = latents_BCHW.to(self._model.device, self._model.dtype)
+        return self._model.decode(latents).sample.float().clamp(-1.0, 1.0)
+
+
+def _require_plain_kl(folder: Path, config: dict[str, Any]) -> None:
+    kind = config.get("_class_name")
+    if kind != "AutoencoderKL":
+        raise ConfigError(f"{folder}: _class_name is {kind!r}; only AutoencoderKL is supported; {REMEDY}")
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise ConfigError(
+                f"{folder}: has {name}, per-channel scaling that this pipeline does not apply; use an "
+                f"autoencoder with a single scaling_factor"
+            )
+
+
+def _load_complete(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+    """Return the model with every weight from the file: a library fills gaps with random numbers."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        model, loading = AutoencoderKL.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            torch_dtype=dtype,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise DataError(f"{folder}: not a readable AutoencoderKL ({str(error).splitlines()[0]})") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    wrong = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
+    if wrong or loading["mismatched_keys"]:
+        first = wrong[0] if wrong else loading["mismatched_keys"][0]
+        raise DataError(
+            f"{folder}: weights and config.json do not fit together, first at {first}; fetch them again"
+        )
+    return model

@@ -1,0 +1,75 @@
+"""What happened since the last record: losses stay on the device and are summed over ranks only when written."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipeline.training.world import World
+
+
+class Interval:
+    """Sums since the last record. Steps that were skipped have no loss and count as time only."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        loss_sum: float = 0.0,
+        applied: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin now; `loss_sum` and `applied` come from a checkpoint taken within an interval."""
+        self._clock = clock
+        self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=device)
+        self._applied = int(applied)
+        self._began_seconds = clock()
+        self._waited_seconds = self._paused_seconds = 0.0
+        self._samples = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as waiting for data."""
+        began_seconds = self._clock()
+        yield
+        self._waited_seconds += self._clock() - began_seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block out of the speed: a save is not a step."""
+        began_seconds = self._clock()
+        yield
+        self._paused_seconds += self._clock() - began_seconds
+
+    def add(self, loss: Tensor | None, samples: int) -> None:
+        """Count one step over `samples` samples of all ranks; `loss` is this rank's sum, None for a skipped step."""
+        self._samples += samples
+        if loss is not None:
+            self._loss_sum += loss.double()
+            self._applied += 1
+
+    def to_json(self) -> list[float]:
+        """Return this rank's [sum of losses, applied steps] for a checkpoint; waits for the device."""
+        return [float(self._loss_sum.item()), float(self._applied)]
+
+    def close(self, world: World, global_batch: int) -> dict[str, float]:
+        """Return the record of the interval, the same on all ranks, and begin the next; waits for device and ranks.
+
+        `loss` is the mean over samples of the applied steps, NaN without any; `data_wait_fraction` is the mean
+        over ranks of the time spent waiting for data.
+        """
+        now_seconds = self._clock()
+        elapsed_seconds = max(now_seconds - self._began_seconds - self._paused_seconds, 1e-9)
+        loss_sum, waited = world.sum([float(self._loss_sum.item()), self._waited_seconds / elapsed_seconds])
+        record = {
+            "loss": loss_sum / (self._applied * global_batch) if self._applied else float("nan"),
+            "samples_per_second": self._samples / elapsed_seconds,
+            "data_wait_fraction": waited / world.world_size,
+        }
+        self._loss_sum.zero_()
+        self._applied = self._samples = 0
+        self._began_seconds = now_seconds
+        self._waited_seconds = self._paused_seconds = 0.0
+        return record

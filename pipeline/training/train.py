@@ -1,0 +1,340 @@
+"""One training run, to be read from top to bottom: resume, step, average, record, save, stop.
+
+A run is a function of (config, data set, seed). Position, noise, timestep and dropped captions of every sample
+come with its batch; the only other draw, dropout inside the U-Net, is seeded anew for every micro-batch. So a
+killed and resumed run is the uninterrupted one bit for bit, and no random state is ever saved.
+"""
+
+import hashlib
+import logging
+import platform
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import RunConfig
+from pipeline.config_file import dump_config
+from pipeline.data.loader import LatentBatch, LatentLoader
+from pipeline.diffusion.guidance import drop_captions
+from pipeline.diffusion.objective import denoising_loss
+from pipeline.diffusion.posterior import sample_posterior, scale_latents
+from pipeline.diffusion.schedule import Schedule
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.latents.manifest import refuse_mismatch
+from pipeline.latents.reader import LatentDataset
+from pipeline.models.unet import UNet
+from pipeline.paths import RunPaths
+from pipeline.progress import Progress, progress_bar
+from pipeline.publish import write_bytes, write_json
+from pipeline.tracking import NoRecords, Records, open_records, redact
+from pipeline.training.checkpoint import on_first_rank
+from pipeline.training.ema import Ema
+from pipeline.training.engine import Engine
+from pipeline.training.fragments import Fragments
+from pipeline.training.health import refuse_divergence, suspects
+from pipeline.training.interval import Interval
+from pipeline.training.learning_rate import learning_rate
+from pipeline.training.save import Checkpoints, RunState
+from pipeline.training.stop import Stop
+from pipeline.training.world import World
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ldm")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    step: int
+    samples: int
+    loss: float
+    """Mean loss of the last record, NaN if this attempt wrote none."""
+    stopped: bool
+    """Whether it ended on request before the last step; the same command goes on."""
+    reason: str = ""
+    """Why it stopped: "signal", "stop file" or "max seconds"."""
+
+
+def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> TrainResult:
+    """Train until the configured step or a request to stop, from the newest valid checkpoint on if there is one.
+
+    Called by all ranks together. `attempt` names this start of the run: an older attempt that still lives can no
+    longer publish checkpoints.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, DivergedError: what the user can act on.
+    """
+    stop = Stop(world, stop_file=paths.stop_file, max_seconds=config.train.max_seconds)
+    with ExitStack() as opened:
+        run = _assemble(config, paths, world, attempt, opened)
+        state, total, global_batch = run.state, config.train.steps, config.engine.global_batch
+        interval = Interval(world.device, loss_sum=state.interval[0], applied=state.interval[1])
+        batches = opened.enter_context(closing(_steps(run)))
+        records = opened.enter_context(_open_records(config, paths, world, attempt, state.step))
+        progress = opened.enter_context(_open_progress(config, world, state.step))
+        opened.enter_context(stop)
+
+        while state.step < total and not stop.agreed():
+            with interval.waiting():
+                micro_batches = next(batches)
+            losses = run.step.accumulate(micro_batches, state.step)
+            rate = learning_rate(config.optimizer, state.step, total)
+            outcome = run.engine.step(rate)
+            if outcome.applied:
+                run.ema.update()
+            state.count(outcome.applied, global_batch)
+            interval.add(losses.total if outcome.applied else None, global_batch)
+            progress.advance()
+            if not outcome.applied:
+                _note_skip(run, micro_batches, losses)
+            if due(state.step, config.train.log_every) or state.step == total:
+                values = interval.close(world, global_batch)
+                values |= {"grad_norm": float(outcome.grad_norm), "learning_rate": rate}
+                values |= {"ema_decay": run.ema.decay, "skipped": state.skipped}
+                records.log(state.step, values, samples=state.samples)
+                progress.advance(0, loss=values["loss"])
+                run.losses.append(values["loss"])
+            if due(state.step, config.train.checkpoint_every):
+                with interval.paused():
+                    _save(run, interval)
+        if state.step != run.checkpoints.saved_step and not _save(run, interval):
+            raise CheckpointError(
+                f"{paths.checkpoints}: the last state, step {state.step}, could not be saved"
+            )
+        if state.step < total:
+            records.close("stopped")
+        return _result(run, stop)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that the loop works with."""
+
+    config: RunConfig
+    world: World
+    loader: LatentLoader
+    engine: Engine
+    ema: Ema
+    checkpoints: Checkpoints
+    step: "TrainStep"
+    state: RunState
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of each record of this attempt."""
+
+
+def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, opened: ExitStack) -> Run:
+    """Open the data, build and shard the network, and load the newest checkpoint if there is one."""
+    dataset = _open_dataset(config, paths)
+    opened.callback(dataset.close)
+    loader = _open_loader(config, dataset, world)
+    engine = _build_engine(config, world, loader.micro_batches)
+    opened.callback(engine.close)
+    fragments = Fragments(engine, world)
+    ema = Ema(fragments, config.ema)
+    facts = _facts(config, dataset, attempt)
+    checkpoints = Checkpoints(paths.checkpoints, world=world, fragments=fragments, ema=ema, facts=facts)
+    state = _resume(checkpoints, facts, paths, world)
+    on_first_rank(world, lambda: _describe_run(config, paths, facts["versions"]))
+    step = TrainStep(config, world, engine, dataset)
+    return Run(config, world, loader, engine, ema, checkpoints, step, state)
+
+
+def due(step: int, every: int) -> bool:
+    """Return whether what happens every `every` steps happens after `step` finished steps."""
+    return step % every == 0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the micro-batches of one step lost on this rank, on the device and detached."""
+
+    per_sample: list[Tensor]
+    """float32 [b] for each micro-batch."""
+    total: Tensor
+    """Sum over the samples, fillers left out, scalar."""
+
+
+class TrainStep:
+    """From the micro-batches of a step to accumulated gradients."""
+
+    def __init__(self, config: RunConfig, world: World, engine: Engine, dataset: LatentDataset) -> None:
+        """Keep what every step needs on the device: schedule and null text."""
+        self._config, self._world, self._engine, self._spec = config, world, engine, dataset.spec
+        self._schedule = Schedule.from_config(config.objective, world.device)
+        null_text = dataset.null_text()["text"]
+        self._null_text_1LD = torch.from_numpy(null_text).to(world.device, torch.float32)
+
+    def accumulate(self, micro_batches: Sequence[LatentBatch], step: int) -> Losses:
+        """Run forward and backward of this rank's micro-batches and return what they lost.
+
+        The loss of the step is the mean over the global batch whatever the split: DeepSpeed divides by ranks and
+        micro-batches, which is undone here; fillers weigh nothing.
+        """
+        config = self._config
+        scale = self._world.world_size * len(micro_batches) / config.engine.global_batch
+        per_sample, sums = [], []
+        for number, batch in enumerate(micro_batches):
+            torch.manual_seed(micro_batch_seed(config.seed, step, number, self._world.rank))
+            loss_B, weight_B = self._losses(batch.to(self._world.device))
+            loss = (loss_B * weight_B).sum()
+            self._engine.backward(loss * scale)
+            per_sample.append(loss_B.detach())
+            sums.append(loss.detach())
+        return Losses(per_sample, torch.stack(sums).sum())
+
+    def _losses(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
+        assert batch.text is not None
+        z_BCHW = sample_posterior(batch.moments, batch.posterior_noise)
+        x0_BCHW = scale_latents(z_BCHW, self._spec.scaling_factor, self._spec.shift_factor)
+        text_BLD = drop_captions(batch.text.float(), self._null_text_1LD, batch.dropped)
+        prediction = self._config.objective.prediction
+        loss_B = denoising_loss(
+            self._engine, x0_BCHW, text_BLD, batch.noise, batch.timesteps, self._schedule, prediction
+        )
+        return loss_B, batch.weight
+
+
+def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """Return the seed of torch's generator for dropout inside one micro-batch, below 2^63.
+
+    Dropout is the one draw that depends on rank and micro-batch: with `model.dropout` above 0 a run is repeatable
+    at the same world size and split, and elsewhere only in distribution.
+    """
+    digest = hashlib.sha256(f"dropout/{seed}/{step}/{micro_batch}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """Yield `dotted.key: old -> new` for each setting that differs between two configs as JSON data."""
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changed_settings(old, new, f"{at}{key}.")
+        elif old != new:
+            yield f"{at}{key}: {old!r} -> {new!r}"
+
+
+def _open_dataset(config: RunConfig, paths: RunPaths) -> LatentDataset:
+    folder = Path(config.data.dataset) if config.data.dataset else paths.latents
+    dataset = LatentDataset(folder)
+    refuse_mismatch(dataset.manifest, config, folder)
+    if dataset.spec.text == "tokens":
+        raise ConfigError(
+            f"{folder}: stores tokens only, and training on them needs the text encoder in the step, which this "
+            "version does not run; encode with `encode.text: embeddings`"
+        )
+    return dataset
+
+
+def _open_loader(config: RunConfig, dataset: LatentDataset, world: World) -> LatentLoader:
+    return LatentLoader(
+        dataset,
+        seed=config.seed,
+        engine=config.engine,
+        objective=config.objective,
+        data=config.data,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def _build_engine(config: RunConfig, world: World, micro_batches: int) -> Engine:
+    if world.device.type == "cpu":
+        torch.set_num_threads(config.engine.threads)  # Sums over threads are part of the bits.
+    torch.manual_seed(config.seed)
+    return Engine(
+        UNet(config.model),
+        engine=config.engine,
+        optimizer=config.optimizer,
+        world=world,
+        micro_batches=micro_batches,
+    )
+
+
+def _facts(config: RunConfig, dataset: LatentDataset, attempt: str) -> dict[str, Any]:
+    """Return what every checkpoint of this attempt says of the run beside its numbers."""
+    return {
+        "attempt": attempt,
+        "config": redact(config.model_dump(mode="json")),
+        "data_digest": dataset.manifest.digest,
+        "zero_stage": config.engine.zero_stage,
+        "versions": versions(),
+        "keep_last": config.train.keep_last,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, the libraries that shape a training, and this code."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _resume(checkpoints: Checkpoints, facts: Mapping[str, Any], paths: RunPaths, world: World) -> RunState:
+    resumed = checkpoints.resume()
+    if resumed is None:
+        return RunState()
+    state, manifest = resumed
+    if manifest["data_digest"] != facts["data_digest"]:
+        raise DataError(
+            f"{paths.checkpoints}: trained on the data set {manifest['data_digest'][:16]}, the config's is "
+            f"{facts['data_digest'][:16]}; give back the old one, or use another run name"
+        )
+    if world.is_first:
+        for line in changed_settings(manifest["config"], facts["config"]):
+            logger.warning("resumed at step %d with a changed setting: %s", state.step, line)
+    return state
+
+
+def _describe_run(config: RunConfig, paths: RunPaths, found: Mapping[str, str]) -> None:
+    write_bytes(paths.config, dump_config(config).encode())
+    write_json(paths.versions, dict(found))
+
+
+def _steps(run: Run) -> Generator[tuple[LatentBatch, ...], None, None]:
+    """Yield the micro-batches of each step; closing it ends the loader's threads."""
+    yield from run.loader.steps(run.state.samples)
+
+
+def _note_skip(run: Run, micro_batches: Sequence[LatentBatch], losses: Losses) -> None:
+    samples = suspects(run.world, micro_batches, losses.per_sample)
+    limit = run.config.train.max_skipped_in_a_row
+    refuse_divergence(run.state.step, run.state.skipped_in_a_row, limit, samples)
+
+
+def _save(run: Run, interval: Interval) -> bool:
+    run.state.interval = interval.to_json()
+    return run.checkpoints.save(run.state)
+
+
+def _result(run: Run, stop: Stop) -> TrainResult:
+    state = run.state
+    stopped = state.step < run.config.train.steps
+    loss = run.losses[-1] if run.losses else float("nan")
+    return TrainResult(state.step, state.samples, loss, stopped, str(stop.reason) if stopped else "")
+
+
+def _open_records(
+    config: RunConfig, paths: RunPaths, world: World, attempt: str, resumed_step: int
+) -> Records:
+    if not world.is_first:
+        return NoRecords()
+    return open_records(paths, config, kind="train", attempt=attempt, resumed_step=resumed_step)
+
+
+def _open_progress(config: RunConfig, world: World, done: int) -> AbstractContextManager[Progress]:
+    if not world.is_first:
+        return nullcontext(Progress(config.train.steps, done=done))
+    return progress_bar(config.train.steps, "training", done=done)

@@ -1,0 +1,1 @@
+"""Image-caption shards in, a verified latent data set out."""

@@ -1,0 +1,212 @@
+"""What the ranks do in the distributed tests; each start of processes runs several of these in a row."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from pipeline.config import RunConfig
+from pipeline.errors import PipelineError
+from pipeline.paths import RunPaths
+from pipeline.training import save as save_module
+from pipeline.training import train as train_module
+from pipeline.training.checkpoint import step_folder
+from pipeline.training.save import Checkpoints
+from pipeline.training.world import World
+from tests.builders import tiny_config
+
+MODEL = {
+    "block_out_channels": [16],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "norm_num_groups": 8,
+    "attention_head_dim": 2,
+}
+STEPS = 6
+
+
+def make_config(root: Path, name: str, **sections: Any) -> RunConfig:
+    """Return a tiny run over ROOT/latents, 6 steps of 8 samples, saved every second step and recorded at each."""
+    base: dict[str, Any] = {
+        "model": MODEL,
+        "data": {"dataset": "latents", "threads": 1},
+        "engine": {"global_batch": 8, "micro_batch": 2, "precision": "fp32"},
+        "optimizer": {"learning_rate": 2e-3, "warmup_steps": 4},
+        "ema": {"decay": 0.9},
+        "train": {"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "keep_last": 100},
+    }
+    for section, value in sections.items():
+        base[section] = base.get(section, {}) | value if isinstance(value, dict) else value
+    base["model"] = MODEL | base["model"]
+    base["data"] = base["data"] | {"dataset": str(root / base["data"]["dataset"])}
+    return tiny_config(root, name=name, **base)
+
+
+def paths_of(root: Path, name: str) -> RunPaths:
+    """Return the folders of the run `name`."""
+    return RunPaths(root / name)
+
+
+def run(world: World, root: str, name: str, attempt: str = "a1", **sections: Any) -> dict[str, Any]:
+    """Train one run and return its end and every warning it logged."""
+    config, said = make_config(Path(root), name, **sections), _Said()
+    logging.getLogger("pipeline").addHandler(said)
+    try:
+        result = train_module.train(config, paths_of(Path(root), name), world, attempt=attempt)
+    finally:
+        logging.getLogger("pipeline").removeHandler(said)
+    return asdict(result) | {"said": said.lines}
+
+
+def run_all(world: World, root: str, orders: list[list[Any]]) -> list[Any]:
+    """Run the cases [function name, arguments] in order in this one process; an error's class and text count as result."""
+    results: list[Any] = []
+    for name, arguments in orders:
+        try:
+            results.append(globals()[name](world, root, **arguments))
+        except PipelineError as error:
+            results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
+    return results
+
+
+def run_killed(world: World, root: str, name: str, at_step: int, **sections: Any) -> str:
+    """Train until an accident inside step `at_step`, on all ranks at once: no save, no farewell."""
+
+    class AccidentError(Exception):
+        pass
+
+    def accident(step: int) -> None:
+        if step == at_step:
+            raise AccidentError
+
+    with _before_each_step(accident):
+        try:
+            run(world, root, name, **sections)
+        except AccidentError:
+            return "killed"
+    return "ended"
+
+
+def run_with_nan(world: World, root: str, name: str, rank: int, at_steps: list[int], **sections: Any) -> Any:
+    """Train while `rank` alone sees NaN losses at some steps."""
+    plain = train_module.TrainStep._losses
+    present = {"step": -1}
+
+    def losses(self: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        loss_B, weight_B = plain(self, batch)
+        poisoned = world.rank == rank and present["step"] in at_steps
+        return (loss_B * float("nan") if poisoned else loss_B), weight_B
+
+    with _before_each_step(lambda step: present.update(step=step)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module.TrainStep, "_losses", losses)
+        return run(world, root, name, **sections)
+
+
+def run_with_full_disk(world: World, root: str, name: str, failures: list[int], **sections: Any) -> Any:
+    """Train while the disk of rank 1 is full at some saves, counted from 0."""
+    plain, count = save_module.write_stretches, {"saves": 0}
+
+    def write(path: Path, stretches: Any) -> Any:
+        count["saves"] += 1
+        if world.rank == 1 and count["saves"] - 1 in failures:
+            path.write_bytes(b"half a file")
+            raise OSError(28, "No space left on device", str(path))
+        return plain(path, stretches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "write_stretches", write)
+        return run(world, root, name, **sections)
+
+
+def shard_bytes(world: World, root: str, name: str, **sections: Any) -> dict[str, int]:
+    """Return the bytes of Adam's moments, masters and averages that this rank really holds."""
+    config = make_config(Path(root), name, **sections)
+    with ExitStack() as opened:
+        run = train_module._assemble(config, paths_of(Path(root), name), world, "a1", opened)
+        adam = [
+            tensor
+            for state in run.engine.adamw.state.values()
+            for key, tensor in state.items()
+            if key != "step"
+        ]
+        averages = run.ema.averages
+        return {
+            "adam": sum(tensor.numel() * tensor.element_size() for tensor in adam),
+            "ema": sum(tensor.numel() * tensor.element_size() for tensor in averages),
+        }
+
+
+def reshard(world: World, root: str, name: str, to: str, **sections: Any) -> dict[str, Any]:
+    """Load the newest checkpoint of `name` with the settings given and save what arrived as run `to`."""
+    config = make_config(Path(root), name, **sections)
+    with ExitStack() as opened:
+        run = train_module._assemble(config, paths_of(Path(root), name), world, "a2", opened)
+        old = run.checkpoints
+        fresh = Checkpoints(
+            paths_of(Path(root), to).checkpoints,
+            world=world,
+            fragments=old._fragments,
+            ema=run.ema,
+            facts={**old._facts, "keep_last": 2},
+        )
+        fresh.resume()
+        fresh.save(run.state)
+        # Raises unless every weight is its master rounded to the weight's type.
+        old._fragments._check(list(run.engine.network.module.named_parameters()), world)
+        return {"step": run.state.step, "updates": old._fragments.updates}
+
+
+def flip_bit(world: World, root: str, name: str, step: int, file: str) -> int:
+    """Change one bit in the middle of a file of the checkpoint after `step`."""
+    path = step_folder(paths_of(Path(root), name).checkpoints, step) / file
+    if world.is_first:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    return int(world.sum([1.0])[0])  # Nobody goes on before the damage is done.
+
+
+def wait_for_signal(world: World, root: str, name: str, **sections: Any) -> dict[str, Any]:
+    """Train for longer than anyone waits; tell the pid first."""
+    Path(root, f"{name}-pid-{world.rank}").write_text(str(os.getpid()))
+    return run(world, root, name, **sections)
+
+
+def run_with_stop_file(world: World, root: str, name: str, **sections: Any) -> dict[str, Any]:
+    """Train with the file that asks to stop in place from the start."""
+    paths = paths_of(Path(root), name)
+    if world.is_first:
+        paths.root.mkdir()
+        paths.stop_file.touch()
+    return run(world, root, name, **sections) | {"file_left": paths.stop_file.exists()}
+
+
+@contextmanager
+def _before_each_step(action: Callable[[int], None]) -> Iterator[None]:
+    """Run `action(step)` before the first forward pass of each step."""
+    plain = train_module.TrainStep.accumulate
+
+    def accumulate(self: Any, micro_batches: Any, step: int) -> Any:
+        action(step)
+        return plain(self, micro_batches, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module.TrainStep, "accumulate", accumulate)
+        yield
+
+
+class _Said(logging.Handler):
+    """Keeps what the pipeline logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

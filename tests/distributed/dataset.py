@@ -1,0 +1,86 @@
+"""A latent data set on disk without encoders: seeded moments and text states in real tars, tables and manifest."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.latents.manifest import SEGMENTS_NAME, SHARDS_NAME, Manifest
+from pipeline.latents.record import json_length, npy_bytes, padded_json, stride_bytes
+from pipeline.latents.rows import SHARD_SCHEMA, write_table
+from pipeline.latents.segments import segments_array
+from pipeline.latents.shard import Counts, Segment, shard_path
+from pipeline.latents.spec import LatentSpec, Member
+from pipeline.publish import file_digest
+
+SPEC = LatentSpec(
+    latent="moments",
+    channels=4,
+    downsampling=2,
+    scaling_factor=0.7,
+    shift_factor=0.1,
+    text="embeddings",
+    text_tokens=6,
+    text_width=32,
+    pooled_width=None,
+    max_captions=1,
+)
+BUCKET = (16, 16)
+
+
+def build_dataset(folder: Path, samples: int, seed: int = 0) -> Path:
+    """Write a data set of `samples` training samples, 8x8 latents of 4 channels, and return its folder."""
+    draw = np.random.default_rng(seed)
+    records = [{"key": f"k{number:06d}", "captions": [f"caption {number}"]} for number in range(samples)]
+    json_bytes = json_length(records)
+    tar = shard_path(folder, "00000", ".tar")
+    tar.parent.mkdir(parents=True)
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as stream:
+        for record in records:
+            for member in SPEC.members(BUCKET):
+                _add(stream, f"{record['key']}.{member.name}.npy", npy_bytes(_array(draw, member)))
+            _add(stream, f"{record['key']}.json", padded_json(record, json_bytes))
+    stride = stride_bytes(SPEC.members(BUCKET), json_bytes)
+    segment = Segment(0, "train", *BUCKET, json_bytes, 0, samples, stride, 0)
+    np.save(folder / SEGMENTS_NAME, segments_array([segment]), allow_pickle=False)
+    row = {"name": "00000", "samples": samples, "bytes": tar.stat().st_size, "digest": file_digest(tar)}
+    write_table(folder / SHARDS_NAME, [row], SHARD_SCHEMA)
+    null = {}
+    for member in SPEC.text_members(1):
+        path = folder / "null" / f"{member.name}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, _array(draw, member), allow_pickle=False)
+        null[member.name] = file_digest(path)
+    Manifest(
+        spec=SPEC,
+        counts=Counts(samples, samples),
+        splits={"train": samples, "validation": 0},
+        buckets=[{"height": BUCKET[0], "width": BUCKET[1], "train": samples, "validation": 0}],
+        encoder={
+            "autoencoder": f"seed {seed}",
+            "text_encoder": "none",
+            "tokenizer": "none",
+            "precision": "fp32",
+        },
+        preprocessing={},
+        statistics={},
+        tables={name: file_digest(folder / name) for name in (SHARDS_NAME, SEGMENTS_NAME)},
+        null=null,
+    ).save(folder)
+    return folder
+
+
+def _array(draw: np.random.Generator, member: Member) -> np.ndarray:
+    if member.dtype == "<u2":
+        return draw.integers(0, 100, member.shape).astype(np.uint16)
+    values = draw.standard_normal(member.shape)
+    if member.name == "latent":
+        values[SPEC.channels :] -= 3.0  # Log-variances of a posterior that knows something.
+    return values.astype(np.float16)
+
+
+def _add(stream: tarfile.TarFile, name: str, payload: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(payload)
+    stream.addfile(entry, io.BytesIO(payload))

@@ -1,0 +1,83 @@
+"""Rebuild the golden data set of format 1: what today's code writes, to be read by every later version.
+
+    python -m tests.golden.build            # writes tests/golden/format1 anew; only for a new format
+
+Two shards of 5 and 3 samples with two captions each, all members, both splits, a rejected row. `expected.json` lists
+what a reader must find; it is computed here from the source, not read from the data set.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing.filters import Captions, Rules, captions_of
+from preprocessing.images import Square, prepare_image
+from preprocessing.sources import RawSample, list_shards
+from tests.preprocessing.builders import Files, NumpyEncoder, image_file, noise, write_input
+from tests.preprocessing.conftest import Prepared
+
+FOLDER = Path(__file__).parent / "format1"
+CAPTIONS = ["a café", "two words", "猫", "&lt;b&gt;", "a long caption that is cut"]
+
+
+def source_files(first: int, count: int) -> Files:
+    """Return pictures of growing size with two captions each."""
+    files: Files = []
+    for number in range(first, first + count):
+        captions = [CAPTIONS[number % 5], f"number {number}"]
+        described = json.dumps({"caption": captions}).encode()
+        picture = image_file(noise(number, 18 + number, 24))
+        files += [(f"sample.{number}.png", picture), (f"sample.{number}.json", described)]
+    return files
+
+
+def expected_samples(prepared: Prepared) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (key, what must be read of it), straight from the source."""
+    rules = Rules.from_config(prepared.config.encode)
+    encoder = NumpyEncoder(max_captions=2)
+    for shard in list_shards(prepared.source):
+        for raw in shard.samples():
+            if raw.problem is None:
+                yield raw.key, expected_sample(raw, rules, encoder)
+
+
+def expected_sample(raw: RawSample, rules: Rules, encoder: NumpyEncoder) -> dict[str, Any]:
+    """Return digests of the arrays and the captions of one sample."""
+    square, captions = prepare_image(raw.image, rules), captions_of(raw, 2)
+    assert isinstance(square, Square) and isinstance(captions, Captions)
+    tokens = np.stack([encoder.tokens(text) for text in captions.kept])
+    arrays = {
+        "latent": encoder.moments(square.pixels).astype(np.float16),
+        "text": np.stack([encoder.text_states(row) for row in tokens]).astype(np.float16),
+        "tokens": tokens.astype(np.uint16),
+    }
+    digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+    return {"captions": list(captions.kept), "source_key": raw.source_key, "arrays": digests}
+
+
+def build(folder: Path) -> None:
+    """Write data set and `expected.json` to `folder`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        prepared = Prepared(Path(temporary))
+        encode = prepared.config.encode.model_copy(update={"max_captions": 2, "validation_samples": 3})
+        prepared.config = prepared.config.model_copy(update={"encode": encode})
+        bare: Files = [("bare.png", image_file(noise(99)))]
+        write_input(prepared.source, {"00000": source_files(0, 5) + bare, "00001": source_files(5, 3)})
+        prepared.encode(NumpyEncoder(max_captions=2))
+        digest = prepared.finalize()
+        expected = {"digest": digest, "samples": dict(expected_samples(prepared))}
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(prepared.out, folder)
+    (folder / "expected.json").write_text(
+        json.dumps(expected, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    build(FOLDER)

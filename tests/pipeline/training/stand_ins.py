@@ -1,0 +1,69 @@
+"""A state without DeepSpeed: what `Checkpoints` and `Ema` see of an engine, for one process of a larger world."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import EmaConfig
+from pipeline.training.ema import Ema
+from pipeline.training.fragments import Fragment
+from pipeline.training.save import Checkpoints
+from pipeline.training.world import World
+
+SHAPES = {"layer.weight": (4, 3), "layer.bias": (5,)}
+
+
+@dataclass
+class StandInFragments:
+    """Whole tensors of two parameters as live fragments, filled from a seed."""
+
+    seed: int = 0
+    updates: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(SHAPES))
+
+    def __post_init__(self) -> None:
+        draw = torch.Generator().manual_seed(self.seed)
+        self.total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        self.owned = tuple(
+            Fragment(
+                name, shape, 0, *(torch.randn(torch.Size(shape).numel(), generator=draw) for _ in range(3))
+            )
+            for name, shape in self.shapes.items()
+        )
+        self.resident = self.owned
+
+    def loaded(self, updates: int) -> None:
+        """Note the count that a load sets."""
+        self.updates = updates
+
+    def step(self) -> None:
+        """Change every element, as an optimizer would."""
+        for fragment in self.owned:
+            for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq):
+                tensor.mul_(0.5).add_(1.0)
+        self.updates += 1
+
+
+def stand_in_checkpoints(
+    folder: Path, fragments: StandInFragments, *, attempt: str = "a1", keep_last: int = 3
+) -> tuple[Checkpoints, Ema]:
+    """Return the checkpoints in `folder` of a state in one process, and its average."""
+    ema = Ema(fragments, EmaConfig(decay=0.9))  # type: ignore[arg-type]
+    facts: dict[str, Any] = {
+        "attempt": attempt,
+        "config": {},
+        "data_digest": "d",
+        "zero_stage": 1,
+        "versions": {},
+    }
+    facts["keep_last"] = keep_last
+    checkpoints = Checkpoints(
+        folder,
+        world=World(),
+        fragments=fragments,  # type: ignore[arg-type]
+        ema=ema,
+        facts=facts,
+    )
+    return checkpoints, ema

