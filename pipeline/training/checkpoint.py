@@ -30,7 +30,7 @@ ASIDE = "damaged-"
 STEP_NAME = re.compile(r"step-\d{8,}")
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 MANIFEST_FIELDS = frozenset(
-    "step samples applied skipped skipped_in_a_row interval ema world_size zero_stage attempt config "
+    "step samples applied skipped skipped_in_a_row loss interval ema world_size zero_stage attempt config "
     "data_digest parameters versions files format digest".split()
 )
 WEIGHT_KINDS = {"ema": "ema", "raw": "master"}

@@ -139,9 +139,12 @@ def _blocks(stretches: Sequence[Stretch]) -> Iterator[bytes | memoryview]:
 
 
 def explain_os_error(error: OSError, path: Path) -> str:
-    """Return one line with the system's words and the path; for a full disk also how much is free."""
-    said = f"{os.strerror(error.errno) if error.errno else error}: {error.filename or path}"
+    """Return one line with the system's words and the path (`path` if the error names none); how much is free if it is full."""
+    where = Path(error.filename or path)
+    words = os.strerror(error.errno) if error.errno else str(error)
+    notes = [error.strerror] if error.strerror and error.strerror != words else []
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        status = os.statvfs(path if path.exists() else path.parent)
-        said += f" ({status.f_bavail * status.f_frsize} bytes free)"
-    return said
+        there = next(folder for folder in (where, *where.resolve().parents) if folder.exists())
+        status = os.statvfs(there)
+        notes.append(f"{status.f_bavail * status.f_frsize} bytes free")
+    return f"{words}: {where}" + (f" ({'; '.join(notes)})" if notes else "")

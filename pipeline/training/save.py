@@ -52,6 +52,8 @@ class RunState:
     skipped: int = 0
     """Steps whose gradients were not finite; the rest were applied."""
     skipped_in_a_row: int = 0
+    loss: float | None = None
+    """Mean loss of the last record."""
     interval: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """This rank's [sum of losses, applied steps] since the last record: the next record is then the same one."""
 
@@ -105,7 +107,7 @@ class Checkpoints:
         self._ema.load_json(manifest["ema"])
         on_first_rank(self._world, lambda: set_aside(damaged))
         self.saved_step = manifest["step"]
-        names = ("step", "samples", "skipped", "skipped_in_a_row")
+        names = ("step", "samples", "skipped", "skipped_in_a_row", "loss")
         state = RunState(**{name: manifest[name] for name in names}, interval=self._interval(manifest))
         return state, manifest
 

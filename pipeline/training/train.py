@@ -7,12 +7,12 @@ killed and resumed run is the uninterrupted one bit for bit, and no random state
 
 import hashlib
 import logging
+import math
 import platform
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.latents.manifest import refuse_mismatch
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.unet import UNet
-from pipeline.paths import RunPaths
+from pipeline.paths import RunPaths, dataset_folder
 from pipeline.progress import Progress, progress_bar
 from pipeline.publish import write_bytes, write_json
 from pipeline.tracking import NoRecords, Records, open_records, redact
@@ -56,7 +56,7 @@ class TrainResult:
     step: int
     samples: int
     loss: float
-    """Mean loss of the last record, NaN if this attempt wrote none."""
+    """Mean loss of the run's last record, NaN if there is none or it had only skipped steps."""
     stopped: bool
     """Whether it ended on request before the last step; the same command goes on."""
     reason: str = ""
@@ -101,7 +101,7 @@ def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> 
                 values |= {"ema_decay": run.ema.decay, "skipped": state.skipped}
                 records.log(state.step, values, samples=state.samples)
                 progress.advance(0, loss=values["loss"])
-                run.losses.append(values["loss"])
+                state.loss = values["loss"] if math.isfinite(values["loss"]) else None
             if due(state.step, config.train.checkpoint_every):
                 with interval.paused():
                     _save(run, interval)
@@ -126,8 +126,6 @@ class Run:
     checkpoints: Checkpoints
     step: "TrainStep"
     state: RunState
-    losses: list[float] = field(default_factory=list)
-    """Mean loss of each record of this attempt."""
 
 
 def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, opened: ExitStack) -> Run:
@@ -223,7 +221,7 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], at: st
 
 
 def _open_dataset(config: RunConfig, paths: RunPaths) -> LatentDataset:
-    folder = Path(config.data.dataset) if config.data.dataset else paths.latents
+    folder = dataset_folder(config, paths)
     dataset = LatentDataset(folder)
     refuse_mismatch(dataset.manifest, config, folder)
     if dataset.spec.text == "tokens":
@@ -322,7 +320,7 @@ def _save(run: Run, interval: Interval) -> bool:
 def _result(run: Run, stop: Stop) -> TrainResult:
     state = run.state
     stopped = state.step < run.config.train.steps
-    loss = run.losses[-1] if run.losses else float("nan")
+    loss = math.nan if state.loss is None else state.loss
     return TrainResult(state.step, state.samples, loss, stopped, str(stop.reason) if stopped else "")
 
 

@@ -7,6 +7,7 @@ process alone, and every collective answers at once.
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -146,13 +147,18 @@ def start_world(
     return World(rank, world_size, local_rank, device, control)
 
 
-def end_world(*, failed: bool = False) -> None:
-    """Leave the process group; after a failure without waiting for the others, who may never come."""
+def end_world() -> None:
+    """Leave the process group; while an error is on its way without waiting for the others, who may never come.
+
+    A rank that waited here in its `finally` while the others wait for its gradients would hold all of them until
+    the time-out.
+    """
     if not dist.is_initialized():
         return
-    if not failed:
-        on_gpu = dist.get_backend() == "nccl"
-        dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+    if sys.exception() is not None:
+        return  # The end of the process closes the connections, and the others see that at once.
+    on_gpu = dist.get_backend() == "nccl"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
     dist.destroy_process_group()
 
 

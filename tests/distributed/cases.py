@@ -1,5 +1,7 @@
 """What the ranks do in the distributed tests; each start of processes runs several of these in a row."""
 
+import gc
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -18,34 +20,37 @@ from pipeline.training import save as save_module
 from pipeline.training import train as train_module
 from pipeline.training.checkpoint import step_folder
 from pipeline.training.save import Checkpoints
-from pipeline.training.world import World
-from tests.builders import tiny_config
+from pipeline.training.world import World, end_world, start_world
 
-MODEL = {
-    "block_out_channels": [16],
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
-    "norm_num_groups": 8,
-    "attention_head_dim": 2,
-}
 STEPS = 6
+TREE: dict[str, Any] = {
+    "encode": {"source": "nowhere", "image_size": 16},
+    "model": {
+        "sample_size": 8,
+        "block_out_channels": [16],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    },
+    "data": {"dataset": "latents", "threads": 1},
+    "engine": {"global_batch": 8, "micro_batch": 2, "precision": "fp32"},
+    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 4},
+    "ema": {"decay": 0.9},
+    "train": {"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "keep_last": 100},
+    "tracking": {"mlflow": "off"},
+}
 
 
-def make_config(root: Path, name: str, **sections: Any) -> RunConfig:
+def make_config(root: Path, name: str, **sections: dict[str, Any]) -> RunConfig:
     """Return a tiny run over ROOT/latents, 6 steps of 8 samples, saved every second step and recorded at each."""
-    base: dict[str, Any] = {
-        "model": MODEL,
-        "data": {"dataset": "latents", "threads": 1},
-        "engine": {"global_batch": 8, "micro_batch": 2, "precision": "fp32"},
-        "optimizer": {"learning_rate": 2e-3, "warmup_steps": 4},
-        "ema": {"decay": 0.9},
-        "train": {"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "keep_last": 100},
-    }
-    for section, value in sections.items():
-        base[section] = base.get(section, {}) | value if isinstance(value, dict) else value
-    base["model"] = MODEL | base["model"]
-    base["data"] = base["data"] | {"dataset": str(root / base["data"]["dataset"])}
-    return tiny_config(root, name=name, **base)
+    tree = {**TREE, "name": name, "runs": str(root)}
+    for section, fields in sections.items():
+        tree[section] = TREE[section] | fields
+    tree["data"] = tree["data"] | {"dataset": str(root / tree["data"]["dataset"])}
+    return RunConfig.model_validate_json(json.dumps(tree))
 
 
 def paths_of(root: Path, name: str) -> RunPaths:
@@ -64,15 +69,23 @@ def run(world: World, root: str, name: str, attempt: str = "a1", **sections: Any
     return asdict(result) | {"said": said.lines}
 
 
-def run_all(world: World, root: str, orders: list[list[Any]]) -> list[Any]:
-    """Run the cases [function name, arguments] in order in this one process; an error's class and text count as result."""
+def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
+    """Meet the other ranks and run the cases [function name, arguments] in order; an error of ours is a result too."""
+    world = _meet()
+    gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not through all of torch again.
     results: list[Any] = []
     for name, arguments in orders:
         try:
             results.append(globals()[name](world, root, **arguments))
         except PipelineError as error:
             results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
+    end_world()
     return results
+
+
+def _meet() -> World:
+    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    return start_world(rank, world_size, rank, os.environ["MASTER_ADDR"], port, timeout_seconds=300)
 
 
 def run_killed(world: World, root: str, name: str, at_step: int, **sections: Any) -> str:
@@ -172,10 +185,13 @@ def flip_bit(world: World, root: str, name: str, step: int, file: str) -> int:
     return int(world.sum([1.0])[0])  # Nobody goes on before the damage is done.
 
 
-def wait_for_signal(world: World, root: str, name: str, **sections: Any) -> dict[str, Any]:
-    """Train for longer than anyone waits; tell the pid first."""
+def run_until_signal(root: str, name: str, **sections: Any) -> dict[str, Any]:
+    """Meet the other ranks, tell the pid, and train for longer than anyone waits."""
+    world = _meet()
     Path(root, f"{name}-pid-{world.rank}").write_text(str(os.getpid()))
-    return run(world, root, name, **sections)
+    ended = run(world, root, name, **sections)
+    end_world()
+    return ended
 
 
 def run_with_stop_file(world: World, root: str, name: str, **sections: Any) -> dict[str, Any]:

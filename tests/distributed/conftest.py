@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.cases import STEPS
 from tests.distributed.dataset import build_dataset
-from tests.distributed.launch import run_ranks
+from tests.faults.ranks import run_ranks
 
 DROPOUT = {"dropout": 0.1}
 EVERY_STEP = {"checkpoint_every": 1}
@@ -50,6 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
             world_size,
             {"root": str(root), "orders": listed},
             timeout_seconds=400,
+            env={"LDM_QUIET": "1"},
         )
         for number, case in enumerate(orders):
             by_case[case] = [answers[number] for answers in outcome]

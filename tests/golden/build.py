@@ -9,7 +9,9 @@ what a reader must find; it is computed here from the source, not read from the 
 import hashlib
 import json
 import shutil
+import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,27 @@ import numpy as np
 from preprocessing.filters import Captions, Rules, captions_of
 from preprocessing.images import Square, prepare_image
 from preprocessing.sources import RawSample, list_shards
-from tests.preprocessing.builders import Files, NumpyEncoder, image_file, noise, write_input
+from tests.preprocessing.builders import Files, NumpyEncoder, noise, write_input
 from tests.preprocessing.conftest import Prepared
 
 FOLDER = Path(__file__).parent / "format1"
 CAPTIONS = ["a café", "two words", "猫", "&lt;b&gt;", "a long caption that is cut"]
+
+
+def stored_png(pixels: np.ndarray) -> bytes:
+    """Return uint8 [H,W,3] as a PNG without compression: compressed bytes differ between zlib builds."""
+    height, width, _ = pixels.shape
+    raw = b"".join(b"\0" + row.tobytes() for row in pixels)
+    stored = b"\x78\x01\x01" + struct.pack("<HH", len(raw), len(raw) ^ 0xFFFF) + raw
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT": stored + struct.pack(">I", zlib.adler32(raw)),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks.items()
+    )
 
 
 def source_files(first: int, count: int) -> Files:
@@ -32,7 +50,7 @@ def source_files(first: int, count: int) -> Files:
     for number in range(first, first + count):
         captions = [CAPTIONS[number % 5], f"number {number}"]
         described = json.dumps({"caption": captions}).encode()
-        picture = image_file(noise(number, 18 + number, 24))
+        picture = stored_png(noise(number, 18 + number, 24))
         files += [(f"sample.{number}.png", picture), (f"sample.{number}.json", described)]
     return files
 
@@ -67,7 +85,7 @@ def build(folder: Path) -> None:
         prepared = Prepared(Path(temporary))
         encode = prepared.config.encode.model_copy(update={"max_captions": 2, "validation_samples": 3})
         prepared.config = prepared.config.model_copy(update={"encode": encode})
-        bare: Files = [("bare.png", image_file(noise(99)))]
+        bare: Files = [("bare.png", stored_png(noise(99)))]
         write_input(prepared.source, {"00000": source_files(0, 5) + bare, "00001": source_files(5, 3)})
         prepared.encode(NumpyEncoder(max_captions=2))
         digest = prepared.finalize()

@@ -508,6 +508,12 @@ def test_a_stopped_job_goes_back_to_the_queue_unless_cancelled(
         assert ("back to the queue" if requeued else "not requeued: it was cancelled") in output
 
 
+def test_strict_options_of_a_setup_line_do_not_end_the_job_early(fake: FakeSlurm) -> None:
+    code, _ = fake.run(render_job(run_config(setup=("set -eu",)), run=RUN, command=["ldm"]), SRUN_CODE="75")
+    assert code == 75
+    assert ["requeue", "4711"] in fake.calls("scontrol")
+
+
 def test_a_refused_requeue_is_said(fake: FakeSlurm) -> None:
     code, output = fake.run(
         render_job(run_config(), run=RUN, command=["ldm"]), SRUN_CODE="75", REQUEUE_CODE="1"

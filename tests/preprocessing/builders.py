@@ -17,6 +17,7 @@ from preprocessing.encoded import EncodedBatch, fill_captions, stored_arrays
 
 POISON = (1, 2, 3)
 """A picture of only this colour makes the encoder return NaN."""
+PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "eps")
 Files = list[tuple[str, bytes]]
 
 
@@ -81,9 +82,8 @@ def write_input(
     folder.mkdir(parents=True, exist_ok=True)
     for stem, files in shards.items():
         (folder / f"{stem}.tar").write_bytes(tar_bytes(files))
-        found = len(
-            {name.rpartition(".")[0] for name, _ in files if name.lower().endswith(("png", "jpg", "webp"))}
-        )
+        pictures = {name.rpartition(".")[0] for name, _ in files if name.lower().endswith(PICTURES)}
+        found = len(pictures)
         promised = (successes or {}).get(stem, found)
         (folder / f"{stem}_stats.json").write_text(json.dumps({"count": promised, "successes": promised}))
     return folder

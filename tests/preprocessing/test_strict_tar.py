@@ -72,7 +72,7 @@ def test_pax_header_with_fractional_mtime_as_img2dataset_writes_it(tmp_path: Pat
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, content in FILES:
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mtime = len(content), 1700000000.25  # type: ignore[assignment]
+            entry.size, entry.mtime = len(content), 1700000000.25
             tar.addfile(entry, io.BytesIO(content))
     assert stream.getvalue().count(b"mtime=1700000000.25") == len(FILES)
     assert contents(tmp_path, walk(tmp_path, stream.getvalue())) == FILES

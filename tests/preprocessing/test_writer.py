@@ -109,6 +109,7 @@ def test_first_wins_and_equal_bytes_are_no_conflict(tmp_path: Path) -> None:
         beside.write_bytes(b"other")
         publish_same(beside, target)
     assert target.read_bytes() == b"same" and list(tmp_path.iterdir()) == [target]
+    assert not target.stat().st_mode & 0o111
 
 
 def test_only_the_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:

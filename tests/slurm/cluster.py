@@ -19,8 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
-TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+from tests.requirements import ADMIN_FOLDERS
+
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "ip")
 Found = TypeVar("Found")
+# Daemons live in folders that a user's PATH often leaves out.
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), *ADMIN_FOLDERS])
 ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"})
 # Outside of both the ephemeral range and the ports that jobs meet at.
 FIRST_PORT = 26000
@@ -80,7 +84,7 @@ class Cluster:
         inherited = {
             key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))
         }
-        self.environment = {**inherited, "SLURM_CONF": str(self.config)}
+        self.environment = {**inherited, "SLURM_CONF": str(self.config), "PATH": SEARCH_PATH}
         self._port = _free_ports()
         self._subnet = _free_subnet() if mode == "netns" else "127.0.77"
         self._bridge = f"ldm{self._port // PORTS_PER_CLUSTER}"
@@ -270,6 +274,7 @@ def until(true: Callable[[], Found], seconds: float, what: str) -> Found:
 
 
 def _run(*command: str, environment: Mapping[str, str] | None = None, check: bool = True) -> str:
+    environment = environment or {**os.environ, "PATH": SEARCH_PATH}
     done = subprocess.run(
         command,
         env=environment,

@@ -1,23 +1,22 @@
 """One cluster for all tests of this folder, emptied after each of them."""
 
 import os
-import shutil
 from collections.abc import Iterator
 
 import pytest
 
+from tests.requirements import require_root, require_tool
 from tests.slurm.cluster import TOOLS, Cluster
+
+INSTALL = "apt-get install --no-install-recommends munge slurmctld slurmd slurm-client iproute2"
 
 
 @pytest.fixture(scope="session")
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster of two nodes; without Slurm on this machine the tests are skipped, or fail with LDM_REQUIRE_ALL=1."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if os.geteuid():
-        missing.append("root")
-    if missing:
-        reason = f"needs {', '.join(missing)}: apt-get install munge slurmctld slurmd slurm-client iproute2, as root"
-        pytest.fail(reason) if os.environ.get("LDM_REQUIRE_ALL") == "1" else pytest.skip(reason)
+    """A cluster of two nodes, up after a second."""
+    require_root()
+    for tool in TOOLS:
+        require_tool(tool, INSTALL)
     with Cluster.start(nodes=2) as cluster:
         yield cluster
 

@@ -18,7 +18,7 @@ EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 
 
 def stored(folder: Path) -> dict[str, LatentSample]:
-    found = {}
+    found: dict[str, LatentSample] = {}
     for split, count in (("train", 5), ("validation", 3)):
         dataset = LatentDataset(folder, split)
         assert len(dataset) == count

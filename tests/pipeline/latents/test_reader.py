@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 def everything(out: Path) -> dict[str, LatentSample]:
-    samples = {}
+    samples: dict[str, LatentSample] = {}
     for split in ("train", "validation"):
         dataset = LatentDataset(out, split)
         samples |= {(s := dataset.read(index)).key: s for index in range(len(dataset))}

@@ -1,6 +1,7 @@
 """The parquet tables: round trip, equal bytes, and columns that are not ours."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.latents.rows import ROW_SCHEMA, SHARD_SCHEMA, read_table, write_table
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "key": "a",
         "status": "written",
@@ -26,7 +27,7 @@ def test_round_trip_and_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_table(tmp_path / name, ROWS, ROW_SCHEMA)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    empty = dict.fromkeys(ROW_SCHEMA.names)
+    empty: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
     assert read_table(tmp_path / "one", ROW_SCHEMA).to_pylist() == [empty | row for row in ROWS]
 
 

@@ -188,6 +188,7 @@ def test_whole_clip_round_trip_pools_at_the_end_token(
         pooled = reloaded.text_model(input_ids=tokens).pooler_output
     end = (tokens == tokenizer.eos_token_id).int().argmax(dim=1)
     assert torch.equal(pooled, states[torch.arange(len(tokens)), end]) and len(set(end.tolist())) > 2
+    assert reloaded.config.text_config.eos_token_id == tokenizer.eos_token_id, "2 means a legacy rule"
     assert reloaded.config.projection_dim == reloaded.config.text_config.hidden_size == 16
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,14 +58,14 @@ def test_any_cut_is_read_from_any_other(tmp_path: Path, seed: int) -> None:
     whole = torch.randn(total, generator=torch.Generator().manual_seed(seed))
     saved = cuts(draw, total, draw.randint(1, 4))
     paths = []
-    for number, (start, stop) in enumerate(zip(saved, saved[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(saved)):
         paths.append(tmp_path / f"{number}.safetensors")
         write_stretches(paths[-1], [Stretch("ema", "w/odd.name", start, whole[start:stop])])
     draw.shuffle(paths)
     wanted_cuts = cuts(draw, total, draw.randint(1, 5))
     wanted = [
         Stretch("ema", "w/odd.name", start, torch.full((stop - start,), float("nan")))
-        for start, stop in zip(wanted_cuts, wanted_cuts[1:], strict=False)
+        for start, stop in pairwise(wanted_cuts)
     ]
     read_into(paths, wanted)
     assert torch.equal(torch.cat([stretch.tensor for stretch in wanted]), whole)

@@ -1,6 +1,7 @@
 """The learning rate against values worked out by hand."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def test_cosine_is_half_way_in_the_middle_and_near_zero_at_the_end() -> None:
     assert found[4] == pytest.approx(0.1) and found[54] == pytest.approx(0.05)
     assert found[29] == pytest.approx(0.05 * (1 + math.sqrt(0.5)))
     assert 0 < found[-1] < 1e-4
-    assert all(later < earlier for earlier, later in zip(found[4:], found[5:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(found[4:]))
 
 
 def test_cosine_stays_at_zero_after_the_end() -> None:

@@ -12,7 +12,11 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.training import save as save_module
 from pipeline.training.checkpoint import committed, load_weights, newest_checkpoint, read_manifest
 from pipeline.training.save import RunState
+from tests.faults.inject import ByteOutcome, Watched, killed_after
+from tests.faults.tmpfs import SmallTmpfs, small_tmpfs
 from tests.pipeline.training.stand_ins import StandInFragments, stand_in_checkpoints
+
+__all__ = ["small_tmpfs"]
 
 
 def state_after(step: int) -> RunState:
@@ -134,7 +138,7 @@ def test_three_failures_in_a_row_end_the_run_and_a_success_forgives_them(
     fail(2)
     assert checkpoints.save(RunState())
     fail(2)
-    with pytest.raises(CheckpointError, match="No space left on device.*failure 3 of 3"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*failure 3 of 3"):
         fail(1)
     assert newest_checkpoint(tmp_path).name == "step-00000000"
 
@@ -229,3 +233,63 @@ def test_skipped_steps_count_as_consumed_but_not_as_applied() -> None:
         state.count(applied, 8)
     assert (state.step, state.samples, state.applied) == (5, 40, 2)
     assert (state.skipped, state.skipped_in_a_row) == (3, 1)
+
+
+@pytest.mark.faults
+def test_killed_at_any_byte_of_a_save_the_one_before_is_loaded(tmp_path: Path) -> None:
+    """SIGKILL after every so many bytes written: the newest is the old one until the rename, then the new one."""
+    fragments = StandInFragments()
+    checkpoints, _ = stand_in_checkpoints(tmp_path / "origin", fragments)
+    checkpoints.resume()
+    checkpoints.save(RunState())
+    fragments.step()
+
+    def work(folder: Path) -> None:
+        again, _ = stand_in_checkpoints(folder, fragments)
+        again.save(RunState(step=1, samples=8))
+
+    def trial(number: int, after_bytes: int | None) -> tuple[ByteOutcome, Path]:
+        folder = tmp_path / f"trial-{number}"
+        shutil.copytree(tmp_path / "origin", folder)
+        return killed_after(lambda: work(folder), Watched(folder), after_bytes), folder
+
+    whole, folder = trial(0, None)
+    assert whole.exit_code == 0, whole.stderr
+    assert newest_checkpoint(folder).name == "step-00000001" and whole.written_bytes > 1500
+    for number, after_bytes in enumerate(
+        range(0, whole.written_bytes + 1, whole.written_bytes // 24), start=1
+    ):
+        outcome, folder = trial(number, after_bytes)
+        assert outcome.killed
+        assert newest_checkpoint(folder).name == "step-00000000", after_bytes
+        # The next attempt cleans up and saves.
+        again, _ = stand_in_checkpoints(folder, StandInFragments(seed=9), attempt="a2")
+        resumed = again.resume()
+        assert resumed is not None and resumed[0].step == 0
+        assert {path.name for path in folder.iterdir()} == {"attempt.json", "step-00000000"}
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_really_full(
+    small_tmpfs: SmallTmpfs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once seen before anything is written, once in the middle of a file, where the check could not know."""
+    fragments = StandInFragments(shapes={"w": (300, 300)})
+    folder = small_tmpfs(2 * 1024 * 1024)
+    checkpoints, _ = stand_in_checkpoints(folder, fragments)
+    checkpoints.resume()
+    assert not checkpoints.save(RunState())
+    assert f"No space left on device: {folder} (needs 2488576 bytes; 20" in caplog.text
+    monkeypatch.setattr(save_module, "HEADER_BYTES", 0)
+    assert checkpoints.save(RunState())
+    caplog.clear()
+
+    class Usage:
+        free = 10**12
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
+    fragments.updates = 1
+    assert not checkpoints.save(state_after(1))
+    assert f"No space left on device: {folder}" in caplog.text and "step-00000000 is intact" in caplog.text
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    assert newest_checkpoint(folder).name == "step-00000000"

@@ -1,6 +1,5 @@
 """The wish to stop: signals, file and clock, agreed one step late; in one process, several in tests/distributed."""
 
-import faulthandler
 import os
 import signal
 import subprocess
@@ -107,12 +106,6 @@ def test_usr1_writes_the_stacks_and_changes_nothing() -> None:
     child.kill()
     _, said = child.communicate(timeout=10)
     assert "most recent call first" in said and "<string>" in said
-
-
-def test_usr1_is_given_back() -> None:
-    with Stop(World()):
-        pass
-    assert not faulthandler.unregister(signal.SIGUSR1)
 
 
 def test_a_forked_child_ignores_what_its_group_gets() -> None:
