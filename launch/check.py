@@ -35,6 +35,17 @@ def refuse_problems(config: RunConfig, paths: RunPaths, where: str) -> None:
         raise ConfigError(problems)
 
 
+def refuse_untrainable(config: RunConfig, paths: RunPaths, where: str) -> None:
+    """Do nothing if the training can start: asked once, before its ranks are.
+
+    Raises:
+        ConfigError: see `refuse_problems`.
+        DataError: when there is no finished data set.
+    """
+    refuse_problems(config, paths, where)
+    Manifest.load(dataset_folder(config, paths))
+
+
 def combination_problems(config: RunConfig) -> list[str]:
     """Return a line for each pair of settings that cannot go together."""
     lines = []
@@ -82,15 +93,13 @@ def _first_stage_problems(config: RunConfig) -> list[str]:
 
 
 def file_problems(config: RunConfig, paths: RunPaths) -> list[str]:
-    """Return a line for each file that the config names and that is not there, and for an unfit data set."""
+    """Return a line for each input that is not there: an unfit data set, or where it is still to be made, its sources."""
     dataset = dataset_folder(config, paths)
     if (dataset / "manifest.json").is_file():
         try:
             return [f"{dataset}: {line}" for line in mismatches(Manifest.load(dataset), config)]
         except DataError as error:
             return [str(error)]
-    if config.data.dataset:
-        return [f"data.dataset: {dataset} has no manifest.json; run `ldm encode` and `ldm finalize` first"]
     lines = []
     if not Path(config.encode.source).is_dir():
         lines.append(
@@ -109,10 +118,13 @@ def _facts(config: RunConfig, paths: RunPaths) -> list[str]:
     engine = config.engine
     world_size = max(engine.processes, config.cluster.nodes * config.cluster.tasks_per_node)
     micro_batches = micro_batches_per_step(engine.global_batch, engine.micro_batch, world_size)
+    dataset = dataset_folder(config, paths)
+    made = (dataset / "manifest.json").is_file()
     derived = derive_deepspeed_config(engine, config.optimizer, world_size, micro_batches)
     split = f"{world_size} ranks x {micro_batches} micro-batches of up to {engine.micro_batch}"
     return [
         f"  run folder     {paths.root}",
+        f"  data set       {dataset}{'' if made else ': not made yet, by `ldm encode` and `ldm finalize`'}",
         f"  a step         {engine.global_batch} samples = {split}",
         f"  the training   {config.train.steps} steps = {config.train.steps * engine.global_batch} samples",
         f"  deepspeed      {derived}",

@@ -229,9 +229,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
     placement = place(os.environ)
     if placement.source == "single" and run.engine.processes > 1:
-        from launch.check import refuse_problems
+        from launch.check import refuse_untrainable
 
-        refuse_problems(run, paths, str(config))
+        refuse_untrainable(run, paths, str(config))
         again = [sys.executable, "-m", "launch.cli", "train", str(config), *(overrides or ())]
         raise typer.Exit(run_local(again, run.engine.processes, threads=run.engine.threads))
     from launch.rank import train_rank

@@ -42,12 +42,6 @@ class SubmittedJob:
     sbatch: tuple[str, ...]
     job_id: str | None
 
-    def __str__(self) -> str:
-        """Return what a person wants to see: the id, or after a dry run all that would have been done."""
-        if self.job_id is None:
-            return f"{self.script}\n# dry run, nothing was written; to submit: {shlex.join(self.sbatch)}"
-        return f"job {self.job_id}: submitted as {self.sbatch[-1]}; its log goes to {Path(self.sbatch[-1]).parent}/log"
-
 
 def render_job(config: RunConfig, *, run: RunPaths, command: Sequence[str]) -> str:
     """Return the batch script that runs `command` once for each device of the config's cluster section.

@@ -62,7 +62,7 @@ def sample_grid(paths: RunPaths, config: RunConfig) -> Path:
 
 
 def chosen_prompts(generator: Generator, paths: RunPaths, config: RunConfig) -> list[str]:
-    """Return the config's prompts, or else the first captions of the validation split.
+    """Return the config's prompts, or else captions from all over the validation split.
 
     Raises:
         ConfigError: when there are neither.
@@ -74,7 +74,8 @@ def chosen_prompts(generator: Generator, paths: RunPaths, config: RunConfig) -> 
     if folder.exists():
         dataset = LatentDataset(folder, "validation")
         count = min(len(dataset), config.sample.num_prompts)
-        captions = [dataset.read(index).record["captions"][0] for index in range(count)]
+        spread = [number * len(dataset) // count for number in range(count)]
+        captions = [dataset.read(index).record["captions"][0] for index in spread]
         dataset.close()
     if not captions:
         raise ConfigError(

@@ -17,7 +17,9 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 COUNT = struct.Struct("<q")
@@ -80,31 +82,52 @@ def counted_bytes(count_file: Path) -> int:
 
 def install(budget: Budget) -> None:
     """Replace every way in which Python code writes, in all modules loaded so far, for the rest of this process."""
-    replacements: dict[int, tuple[object, object]] = {
-        id(real): (real, counted)
-        for real, counted in (
-            (io.open, _counted_open),
-            (io.FileIO, _pyio.FileIO),
-            (os.write, _counted_write(budget)),
-            (os.pwrite, _counted_pwrite(budget)),
-            (os.writev, _counted_writev(budget)),
-            (os.pwritev, _counted_pwritev(budget)),
-            (os.sendfile, _counted_sendfile(budget)),
-            (os.copy_file_range, _counted_copy_file_range(budget)),
-            (os.splice, _counted_splice(budget)),
-        )
+    replacements: dict[int, object] = {
+        id(io.open): _counted_open,
+        id(io.FileIO): _pyio.FileIO,
+        id(os.write): _counted_write(budget),
+        id(os.pwrite): _counted_pwrite(budget),
+        id(os.writev): _counted_writev(budget),
+        id(os.pwritev): _counted_pwritev(budget),
+        id(os.sendfile): _counted_sendfile(budget),
+        id(os.copy_file_range): _counted_copy_file_range(budget),
+        id(os.splice): _counted_splice(budget),
     }
-    # Modules keep names of their own for `open` (tarfile does), so each is looked through. This one and `_pyio`
-    # keep theirs: they are what the replacements are made of.
+    for module, name in places_that_write(len(sys.modules)):
+        setattr(module, name, replacements[id(getattr(module, name))])
+
+
+@cache
+def places_that_write(loaded: int) -> list[tuple[ModuleType, str]]:
+    """Return where the loaded modules keep a real way to write; `loaded` is how many they are, for the cache.
+
+    Modules keep names of their own for `open` (tarfile does), so each is looked through. This one and `_pyio`
+    keep theirs: they are what the replacements are made of.
+    """
+    ways = {id(way) for way in _WAYS}
     own = (_pyio, sys.modules[__name__])
-    for module in [module for module in sys.modules.values() if module not in own]:
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            real, counted = replacements.get(id(value), (None, None))
-            if counted is not None and real is value:
-                setattr(module, name, counted)
+    others = [
+        module
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType) and module not in own
+    ]
+    return [
+        (module, name) for module in others for name, value in list(vars(module).items()) if id(value) in ways
+    ]
 
 
 _REAL_OPEN, _REAL_WRITE, _REAL_PWRITE = io.open, os.write, os.pwrite
+_WAYS = (
+    io.open,
+    io.FileIO,
+    os.write,
+    os.pwrite,
+    os.writev,
+    os.pwritev,
+    os.sendfile,
+    os.copy_file_range,
+    os.splice,
+)
 
 
 def _counted_open(file: Any, mode: str = "r", *options: Any, **named: Any) -> Any:

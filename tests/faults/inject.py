@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.counting import Budget, Watched, counted_bytes, install
+from tests.faults.counting import Budget, Watched, counted_bytes, install, places_that_write
 from tests.faults.outcome import Outcome, end_session, ended_within, run_to_end
 
 __all__ = ["ByteOutcome", "Watched", "command_killed_after", "killed_after"]
@@ -44,6 +44,7 @@ def killed_after(
         count, out, err = (Path(folder, name) for name in ("count", "out", "err"))
         sys.stdout.flush()
         sys.stderr.flush()
+        places_that_write(len(sys.modules))  # Found once here, not anew in every fork.
         pid = os.fork()
         if pid == 0:
             _be_the_fork(work, watched, after_bytes, (count, out, err))

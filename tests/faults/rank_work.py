@@ -1,13 +1,18 @@
 """What the ranks do in the tests of the launcher: each function runs in a process of its own."""
 
+import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Ends one thread, where `_exit` ends the process.
+SYS_EXIT = {"x86_64": 60, "aarch64": 93}
 RANK = int(os.environ.get("RANK", "-1"))
 
 
@@ -78,6 +83,15 @@ def _leave_flag_as_the_error_is_shown(flag: Path) -> None:
         shown()
 
     traceback.print_exc = slow_print_exc  # type: ignore[assignment]
+
+
+def dies_slowly() -> NoReturn:
+    """End rank 1 thread by thread, the main one first; rank 0 fails in between."""
+    if RANK == 1:
+        threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        ctypes.CDLL(None).syscall(SYS_EXIT[platform.machine()], 0)
+    time.sleep(0.5)
+    raise ConnectionError("the consequence")
 
 
 def leaves(how: str) -> str:

@@ -172,9 +172,7 @@ def _wait_for_any(ranks: list[_Rank], seconds: float) -> None:
 def _rank_error(ranks: list[_Rank]) -> RankError:
     """Return the error for the rank that failed first; all processes are ended by then.
 
-    A rank that a signal ended left no note and pulled the others down: it comes before any exception, though
-    its victims may well be out before the kernel has taken it apart. Among exceptions the earliest note counts,
-    for a rank may write it and yet end after those that it pulled down.
+    A dying rank's victims may well be out before the kernel has taken it apart, so its end is waited for.
     """
     without = [rank for rank in ranks if rank.left("result") is None]
     candidates = [rank for rank in without if rank.ending or rank.left("failure")]
@@ -183,12 +181,10 @@ def _rank_error(ranks: list[_Rank]) -> RankError:
     _end_all([rank for rank in ranks if rank not in candidates])
     alive_then = {rank.number for rank in without if rank not in candidates}
     _end_all(candidates)
-
-    def moment(rank: _Rank) -> float:
-        note = rank.left("failure")
-        return note["monotonic_seconds"] if note else 0.0
-
-    first = min(candidates, key=moment)
+    notes = {rank.number: rank.left("failure") for rank in candidates}
+    first = ranks[
+        first_to_fail({n: note["monotonic_seconds"] if note else None for n, note in notes.items()})
+    ]
     lines = [f"rank {first.number} of {len(ranks)} failed first: {_fate(first)}"]
     for rank in ranks:
         if rank is not first:
@@ -197,6 +193,15 @@ def _rank_error(ranks: list[_Rank]) -> RankError:
     lines.append(f"--- the end of rank {first.number}'s stderr\n{_tail(first)}")
     results = {rank.number: note["result"] for rank in ranks if (note := rank.left("result"))}
     return RankError("\n".join(lines), first.number, first.process.returncode, first.stderr(), results)
+
+
+def first_to_fail(failed_at_seconds: Mapping[int, float | None]) -> int:
+    """Return the rank that failed first, from the moment of each failed rank's note (None: it left none).
+
+    A rank that a signal ended left no note and pulled the others down: it comes before any exception. Among
+    exceptions the earliest note counts: a rank may write it and yet end after those that it pulled down.
+    """
+    return min(failed_at_seconds, key=lambda rank: (failed_at_seconds[rank] or 0.0, rank))
 
 
 def _timeout_error(ranks: list[_Rank], missing: list[_Rank], timeout_seconds: float) -> RanksTimeoutError:

@@ -174,15 +174,15 @@ def replace_whole(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
 
 
-@pytest.mark.parametrize(("replace", "torn"), [(replace_naively, 40), (replace_whole, 0)])
+@pytest.mark.parametrize(("replace", "torn"), [(replace_naively, 20), (replace_whole, 0)])
 def test_sweep_tells_a_torn_write_from_a_whole_one(
     replace: Callable[[Path, bytes], None], torn: int, tmp_path: Path
 ) -> None:
-    """41 kills, at each byte of 40: the naive writer leaves neither old nor new in all but the last of them."""
+    """21 kills, at each byte of 20: the naive writer leaves neither old nor new in all but the last of them."""
     path = tmp_path / "manifest.json"
-    old, new = b"o" * 60, b"n" * 40
+    old, new = b"o" * 30, b"n" * 20
     seen = 0
-    for after_bytes in range(41):
+    for after_bytes in range(21):
         path.write_bytes(old)
         outcome = killed_after(lambda: replace(path, new), Watched(tmp_path), after_bytes)
         assert outcome.killed

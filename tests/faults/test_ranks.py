@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.outcome import ROOT
 from tests.faults.ports import EPHEMERAL_RANGE, reserved_port
-from tests.faults.ranks import RankError, RanksTimeoutError, run_ranks
+from tests.faults.ranks import RankError, RanksTimeoutError, first_to_fail, run_ranks
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 
@@ -53,6 +53,27 @@ def test_killed_gloo_rank_is_named_and_not_the_one_that_waited_for_it() -> None:
     with pytest.raises(RankError, match=r"^rank 1 of 2 failed first: killed by SIGKILL\n") as failed:
         run_ranks(WORK + "gloo_rank_killed", 2, {"victim": 1}, LIMIT_SECONDS)
     assert (failed.value.rank, failed.value.exit_code, failed.value.results) == (1, -signal.SIGKILL, {})
+
+
+def test_dying_rank_is_waited_for_and_named_before_its_victims() -> None:
+    """Rank 1's main thread is gone and another of its threads is not: no process has ended when rank 0 fails."""
+    with pytest.raises(RankError, match=r"^rank 1 of 2 failed first: killed by SIGKILL\n") as failed:
+        run_ranks(WORK + "dies_slowly", 2, {}, LIMIT_SECONDS)
+    assert "  rank 0: exit code 1, ConnectionError('the consequence')" in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("moments", "rank"),
+    [
+        ({0: 5.0, 1: 4.0}, 1),
+        ({0: 4.0, 1: 5.0}, 0),
+        ({0: 5.0, 3: None}, 3),
+        ({1: None, 2: None}, 1),
+        ({2: 9.0}, 2),
+    ],
+)
+def test_first_to_fail(moments: dict[int, float | None], rank: int) -> None:
+    assert first_to_fail(moments) == rank
 
 
 def test_traceback_of_the_failing_rank_is_shown_and_the_others_end() -> None:

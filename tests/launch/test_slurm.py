@@ -610,7 +610,6 @@ def test_a_submission_is_written_down(sbatch: Callable[..., None], fake: FakeSlu
     assert [entry["command"] for entry in jobs] == [["ldm", "train", "a b"], ["ldm"]]
     assert jobs[0]["script_sha256"] != jobs[1]["script_sha256"]
     assert abs(jobs[0]["submitted_unix_seconds"] - time.time()) < 60
-    assert "815" in str(job)
 
 
 def test_the_training_runs_from_the_config_as_it_was(sbatch: Callable[..., None], tmp_path: Path) -> None:
@@ -637,8 +636,8 @@ def test_a_dry_run_writes_nothing_and_needs_no_slurm(tmp_path: Path, monkeypatch
     job = submit_job(run_config(), RunPaths(tmp_path / "run"), ["ldm"], dry_run=True)
     assert job.job_id is None
     assert list(tmp_path.iterdir()) == []
-    assert job.script in str(job)
-    assert f"sbatch --parsable {tmp_path}/run/submit.sbatch" in str(job)
+    assert job.sbatch == ("sbatch", "--parsable", f"{tmp_path}/run/submit.sbatch")
+    assert "#SBATCH --job-name=tiny" in job.script
 
 
 def test_what_sbatch_complains_about_comes_as_one_line(sbatch: Callable[..., None], tmp_path: Path) -> None:

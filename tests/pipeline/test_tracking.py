@@ -361,7 +361,10 @@ def test_a_server_that_hangs_delays_neither_records_nor_the_end(
     assert "MLflow lacks up to 1 records" in capsys.readouterr().err
 
 
-def test_a_store_that_breaks_midway_loses_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_breaks_midway_loses_nothing(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking_mlflow, "SECONDS_BETWEEN_BATCHES", 0.05)
     paths, config = tracked(runs, "midway")
     with open_records(paths, config, kind="train", attempt="a1") as records:
         records.log(1, {"loss": 1.0})
@@ -372,6 +375,8 @@ def test_a_store_that_breaks_midway_loses_nothing(runs: Path, capsys: pytest.Cap
         wait_until(lambda: "MLflow fails" in capsys.readouterr().err)
         lock.execute("ALTER TABLE hidden RENAME TO metrics")
         lock.close()
+        # It is tried again without a further record.
+        wait_until(lambda: history(runs, paths, "loss") == [(1, 1.0), (2, 2.0)])
         records.log(3, {"loss": 3.0})
     assert history(runs, paths, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
