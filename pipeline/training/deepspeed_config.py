@@ -28,13 +28,18 @@ DERIVED = {
     "zero_optimization.stage": "engine.zero_stage",
     "activation_checkpointing": "engine.activation_checkpointing",
 }
-REFUSED = {
-    (
-        "bf16.check_grad_overflow",
-        False,
-    ): "a NaN gradient would then poison the weights instead of being skipped",
-    ("bf16.bf16_master_weights_and_grads", True): "checkpoints and the EMA are of fp32 masters",
-    ("zero_optimization.compute_grad_norm", False): "clipping and the check for NaN need the norm",
+REFUSED: dict[str, tuple[Any, str]] = {
+    "bf16.check_grad_overflow": (False, "NaN gradients would poison the weights instead of being skipped"),
+    "bf16.bf16_master_weights_and_grads": (True, "checkpoints and the EMA are of fp32 masters"),
+    "zero_optimization.compute_grad_norm": (False, "clipping and the check for NaN need the norm"),
+    "zero_optimization.round_robin_gradients": (
+        True,
+        "DeepSpeed 0.19 then names the wrong weights for its shards, and checkpoints would be silently wrong",
+    ),
+    "zero_optimization.offload_optimizer.device": (
+        "nvme",
+        "checkpoints and the EMA read the masters in memory",
+    ),
 }
 
 
@@ -58,6 +63,8 @@ def derive_deepspeed_config(
         # out it means 1.0.
         "gradient_clipping": optimizer.clip_grad_norm if engine.zero_stage else 0.0,
         "zero_optimization": _zero(engine.zero_stage),
+        # If the hatch offloads to the CPU: torch's AdamW, because DeepSpeed's is compiled at first use.
+        "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
     }
     if engine.precision == "bf16":
@@ -82,8 +89,8 @@ def hatch_problems(hatch: Mapping[str, Any]) -> list[str]:
     ]
     problems += [
         f"engine.deepspeed.{path}: {value!r} is not allowed: {reason}"
-        for (path, value), reason in REFUSED.items()
-        if _lookup(hatch, path) is value
+        for path, (value, reason) in REFUSED.items()
+        if _lookup(hatch, path) == value
     ]
     return problems
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import RunPaths
+from pipeline.training import deepspeed_config
 from pipeline.training import save as save_module
 from pipeline.training import train as train_module
 from pipeline.training.checkpoint import step_folder
@@ -135,6 +136,14 @@ def run_with_full_disk(world: World, root: str, name: str, failures: list[int], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_module, "write_stretches", write)
         return run(world, root, name, **sections)
+
+
+def run_on_wrong_shards(world: World, root: str, name: str) -> Any:
+    """Train in a mode in which DeepSpeed's links from weights to shards are wrong, past the config's refusal."""
+    hatch = {"zero_optimization": {"round_robin_gradients": True}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed_config, "hatch_problems", lambda hatch: [])
+        return run(world, root, name, engine={"zero_stage": 1, "deepspeed": hatch})
 
 
 def shard_bytes(world: World, root: str, name: str, **sections: Any) -> dict[str, int]:

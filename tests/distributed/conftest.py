@@ -16,13 +16,18 @@ EVERY_STEP = {"checkpoint_every": 1}
 PRECISIONS = {
     0: ("fp32", "autocast_bf16"),
     1: ("fp32", "bf16"),
-    2: ("fp32", "bf16", "autocast_bf16"),
+    2: ("bf16", "autocast_bf16"),
     3: ("bf16",),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     f"zero{stage}-{precision}": {"engine": {"zero_stage": stage, "precision": precision}, "model": DROPOUT}
     for stage, precisions in PRECISIONS.items()
     for precision in precisions
+}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+SETTINGS["zero2-offload"] = {
+    "engine": {"zero_stage": 2, "precision": "fp32", "deepspeed": OFFLOAD},
+    "model": DROPOUT,
 }
 STOPS = dict.fromkeys(SETTINGS, (3,)) | {"zero1-fp32": (1, 3, 4), "zero1-bf16": (1, 4)}
 PLAIN = [0, 1, 2, 3]
@@ -114,6 +119,7 @@ def accidents() -> Orders:
         "diverged": ("run_with_nan", {"name": "diverged", **nan}),
         "full-once": ("run_with_full_disk", {"name": "full-once", "failures": [0], "train": full}),
         "full": ("run_with_full_disk", {"name": "full", "failures": [1, 2, 3], "train": full}),
+        "wrong-shards": ("run_on_wrong_shards", {"name": "wrong-shards"}),
         "stop-file": ("run_with_stop_file", {"name": "stop-file"}),
         "max-seconds": ("run", {"name": "max-seconds", "train": {"max_seconds": 1e-9}}),
     }

@@ -279,6 +279,13 @@ def test_a_request_to_stop_is_obeyed_one_step_later_on_all_ranks(
     assert not first.get("file_left") and not second.get("file_left")
 
 
+def test_shards_that_are_not_the_model_are_refused_at_the_start(results: Results) -> None:
+    """A real one: with round_robin_gradients DeepSpeed 0.19.8 links weights to other weights' shards."""
+    for answer in results.by_case["wrong-shards"]:
+        assert answer["error"] == "ToolError" and "differ from the weights in " in answer["said"]
+    assert committed(paths_of(results.root, "wrong-shards").checkpoints) == []
+
+
 def test_resume_refuses_another_model_and_other_data_and_says_what_changed(results: Results) -> None:
     (model,), (data,), (changed,) = (
         results.by_case[name] for name in ("other-model", "other-data", "changed")

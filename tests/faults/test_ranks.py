@@ -142,7 +142,8 @@ def test_time_out_names_the_ranks_alive_and_shows_their_stacks(tmp_path: Path) -
 def test_ranks_die_with_the_launcher(tmp_path: Path) -> None:
     code = "import sys; from tests.faults.ranks import run_ranks\n"
     code += f"run_ranks('{WORK}hangs', 2, {{'ranks': [0, 1], 'folder': sys.argv[1]}}, 60.0)"
-    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    own_folder = os.environ | {"TMPDIR": str(tmp_path)}  # A killed launcher cannot remove its folder.
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=own_folder)
     wait_until(lambda: len(list(tmp_path.glob("child-*"))) == 2, 20)
     ranks = [int(path.name.split("-")[1]) for path in tmp_path.glob("[01]-*")]
     children = [int(path.name.split("-")[1]) for path in tmp_path.glob("child-*")]
@@ -153,7 +154,7 @@ def test_ranks_die_with_the_launcher(tmp_path: Path) -> None:
         wait_until(lambda: not any(alive(pid) for pid in ranks), 5)
     finally:
         # The ranks' own children are theirs to end, and these ranks had no time to.
-        for pid in children:
+        for pid in [*children, *filter(alive, ranks)]:
             os.kill(pid, signal.SIGKILL)
 
 

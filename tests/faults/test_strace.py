@@ -193,20 +193,20 @@ def test_failing_program_is_not_listed(folder: Path) -> None:
 
 def test_log_of_two_threads_is_put_together() -> None:
     log = """\
-10  openat(AT_FDCWD</work>, "a b.tmp", O_WRONLY|O_CREAT, 0666) = 3</work/a b.tmp>
-10  write(3</work/a b.tmp>, ""..., 100 <unfinished ...>
-11  write(4</work/c>, ""..., 7) = -1 ENOSPC (No space left on device) (INJECTED)
+10  openat(AT_FDCWD</disk>, "a b.tmp", O_WRONLY|O_CREAT, 0666) = 3</disk/a b.tmp>
+10  write(3</disk/a b.tmp>, ""..., 100 <unfinished ...>
+11  write(4</disk/c>, ""..., 7) = -1 ENOSPC (No space left on device) (INJECTED)
 10  <... write resumed>)              = 100
-11  write(4</work/c (deleted)>, ""..., 7) = 7
+11  write(4</disk/c (deleted)>, ""..., 7) = 7
 10  --- SIGCHLD {si_signo=SIGCHLD, si_code=CLD_EXITED} ---
-10  renameat2(AT_FDCWD</work>, "a b.tmp", 5</out>, "x", 0) = ?
+10  renameat2(AT_FDCWD</disk>, "a b.tmp", 5</out>, "x", 0) = ?
 10  +++ killed by SIGKILL +++
 11  +++ exited with 0 +++
 """
     assert parsed(log) == [
-        Call(10, "openat", 1, ("/work/a b.tmp",), 3, None),
-        Call(10, "write", 1, ("/work/a b.tmp",), 100, None),
-        Call(11, "write", 1, ("/work/c",), -1, "ENOSPC"),
-        Call(11, "write", 2, ("/work/c",), 7, None),
-        Call(10, "renameat2", 1, ("/work/a b.tmp", "/out/x", "/out"), None, None),
+        Call(10, "openat", 1, ("/disk/a b.tmp",), 3, None),
+        Call(10, "write", 1, ("/disk/a b.tmp",), 100, None),
+        Call(11, "write", 1, ("/disk/c",), -1, "ENOSPC"),
+        Call(11, "write", 2, ("/disk/c",), 7, None),
+        Call(10, "renameat2", 1, ("/disk/a b.tmp", "/out/x", "/out"), None, None),
     ]

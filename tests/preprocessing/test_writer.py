@@ -17,7 +17,7 @@ from preprocessing.writer import Spool, arrange, validation_keys, write_shard
 from tests.preprocessing.builders import NumpyEncoder
 
 ENCODER = NumpyEncoder(8)
-BUCKETS = [(16, 16), (16, 32), (16, 16), (32, 16), (16, 16), (16, 32)]
+BUCKETS = [(32, 16), (16, 32), (16, 16), (16, 16), (32, 16), (16, 32)]
 
 
 def sample(number: int) -> LatentSample:

@@ -48,6 +48,7 @@ def test_the_hatch_is_merged_last_and_deep() -> None:
     derived = derive(deepspeed=hatch)
     assert derived["zero_optimization"]["reduce_bucket_size"] == 7
     assert derived["zero_optimization"]["stage"] == 1 and derived["comms_logger"] == {"enabled": True}
+    assert derive(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,11 @@ def test_the_hatch_is_merged_last_and_deep() -> None:
         ({"bf16": {"enabled": False}}, "bf16.enabled"),
         ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device",
+        ),
     ],
 )
 def test_the_hatch_may_not_set_what_is_derived_or_breaks_a_promise(hatch: dict[str, Any], path: str) -> None:
