@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 
 export HF_HUB_OFFLINE = 1
 export MLFLOW_DISABLE_TELEMETRY = true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 
 .PHONY: help install install-dev demo test check format clean
 
@@ -30,13 +31,13 @@ demo: install    ## the main job on the example data, from shards to a picture
 	$(BIN)/ldm demo
 
 test: install-dev    ## the whole suite: what this machine can run; prints what it left out
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: install-dev   ## lint, format, types, unit tests: under five minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not (e2e or distributed or faults or services or slurm or slow)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not (e2e or distributed or faults or services or slurm or slow)" $(PYTEST_ARGS)
 
 format: install-dev  ## mend lint and format
 	$(BIN)/ruff check --fix .

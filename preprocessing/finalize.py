@@ -18,7 +18,7 @@ from pipeline.config import EncodeConfig, RunConfig
 from pipeline.errors import DataError
 from pipeline.latents.manifest import SEGMENTS_NAME, SHARDS_NAME, Manifest
 from pipeline.latents.record import npy_bytes
-from pipeline.latents.rows import SHARD_SCHEMA, write_table
+from pipeline.latents.rows import SHARD_SCHEMA, read_table, write_table
 from pipeline.latents.segments import SPLITS, Segment, segments_array
 from pipeline.latents.shard import (
     ChannelStatistics,
@@ -58,12 +58,7 @@ def finalize_dataset(
     records = _records(out, shards)
     _check_files(out, records)
     common = _common_fingerprint(out, records, shards, config.encode)
-    counts = Counts()
-    for record in records:
-        counts = counts.plus(record.counts)
-    if counts.unaccounted:
-        raise DataError(f"{out}: {counts.unaccounted} of {counts.read} samples ended nowhere: {counts}")
-    check_failures(counts, config.encode.max_failed_fraction)
+    counts = _conserved_counts(out, records, config.encode)
     spec = LatentSpec.from_dict(common["spec"], str(out))
     if text_encoder is None:
         folder = text_encoder_folder(config, RunPaths(Path(config.runs) / config.name))
@@ -150,18 +145,28 @@ def _common_fingerprint(
     }
     shares = validation_shares(len(shards), encode.validation_samples)
     lines = []
-    for record, share in zip(records, shares, strict=True):
-        expected = {
-            **wanted,
-            "input": {**record.fingerprint["input"], "validation_samples": share},
-        }
+    for record, shard, share in zip(records, shards, shares, strict=True):
+        # Size only: hashing all the input once more would read it all once more.
+        known = {"bytes": shard.size_bytes(), "validation_samples": share}
+        expected = {**wanted, "input": {**record.fingerprint["input"], **known}}
         lines += [f"{record.stem}: {line}" for line in fingerprint_difference(record.fingerprint, expected)]
     if lines:
         raise DataError(
-            f"{out}: shards were made with other settings than the config's or each other's: {_listed(lines)}; "
-            "set them back, or encode into a new folder"
+            f"{out}: shards were made with other settings or input than the config names, or than each other: "
+            f"{_listed(lines)}; set them back, or encode into a new folder"
         )
     return common
+
+
+def _conserved_counts(out: Path, records: Sequence[ShardRecord], encode: EncodeConfig) -> Counts:
+    """Return the counts of all shards; nothing may be missing from them, and few may have failed."""
+    counts = Counts()
+    for record in records:
+        counts = counts.plus(record.counts)
+    if counts.unaccounted:
+        raise DataError(f"{out}: {counts.unaccounted} of {counts.read} samples ended nowhere: {counts}")
+    check_failures(counts, encode.max_failed_fraction)
+    return counts
 
 
 def _check_text_encoder(text_encoder: TextEncoder, used: dict[str, str]) -> None:
@@ -199,12 +204,24 @@ def _write_tables(out: Path, records: Sequence[ShardRecord], segments: list[Segm
         {"name": r.stem, "samples": r.counts.written, "bytes": r.tar_bytes, "digest": r.tar_digest}
         for r in records
     ]
-    with whole_file(out / SHARDS_NAME) as beside:
-        write_table(beside, rows, SHARD_SCHEMA)
+    if not _holds(out / SHARDS_NAME, rows):
+        with whole_file(out / SHARDS_NAME) as beside:
+            write_table(beside, rows, SHARD_SCHEMA)
     stream = io.BytesIO()
     np.save(stream, segments_array(segments), allow_pickle=False)
     write_bytes(out / SEGMENTS_NAME, stream.getvalue())
     return {name: file_digest(out / name) for name in (SHARDS_NAME, SEGMENTS_NAME)}
+
+
+def _holds(path: Path, rows: list[dict[str, Any]]) -> bool:
+    """Return whether the table has these rows: parquet files name the pyarrow release that wrote them.
+
+    Kept as it is, the data set keeps its digest, and a training goes on, after an upgrade of pyarrow.
+    """
+    try:
+        return bool(read_table(path, SHARD_SCHEMA).to_pylist() == rows)
+    except DataError:
+        return False
 
 
 def _buckets(segments: Sequence[Segment]) -> list[dict[str, Any]]:
@@ -279,7 +296,7 @@ def _tell(manifest: Manifest) -> None:
     )
     if "recommended_latent" in statistics:
         LOG.info(
-            "posterior std %s against fp16 rounding %s: encode.latent=%s is enough",
+            "posterior std %s against fp16 rounding %s: encode.latent=%s recommended",
             [f"{value:.2g}" for value in statistics["posterior_std"]],
             [f"{value:.2g}" for value in statistics["fp16_rounding"]],
             statistics["recommended_latent"],

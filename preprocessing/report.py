@@ -212,7 +212,7 @@ def _latents(dataset: LatentDataset) -> str:
     ]
     if "recommended_latent" in statistics:
         said.append(
-            f"by posterior width against fp16 rounding, encode.latent={statistics['recommended_latent']} is enough"
+            f"by posterior width against fp16 rounding, encode.latent={statistics['recommended_latent']} is recommended"
         )
     return _table(("channel", *columns), lines) + f"<p>{'; '.join(said)}</p>" + "".join(drawings)
 

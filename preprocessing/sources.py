@@ -76,6 +76,10 @@ class InputShard(ABC):
         """Return all files of the shard in order, complete, or raise DataError."""
 
     @abstractmethod
+    def size_bytes(self) -> int:
+        """Return the bytes of the input, without reading it."""
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return name, bytes and sha256: equal identities mean equal input."""
 
@@ -196,13 +200,13 @@ class TarShard(InputShard):
     def _remedy(self) -> str:
         return "none of it is used: fetch the shard again, or move it and its side files out of the folder"
 
+    def size_bytes(self) -> int:
+        """Return the size of the tar."""
+        return self.path.stat().st_size
+
     def identity(self) -> dict[str, Any]:
         """Return name, bytes and sha256 of the tar."""
-        return {
-            "name": self.path.name,
-            "bytes": self.path.stat().st_size,
-            "sha256": file_digest(self.path),
-        }
+        return {"name": self.path.name, "bytes": self.size_bytes(), "sha256": file_digest(self.path)}
 
     def _open(self) -> BinaryIO:
         return self.path.open("rb")
@@ -235,11 +239,14 @@ class FolderShard(InputShard):
         """Return the files of this stretch."""
         return [Member(name, 0, (self.root / name).stat().st_size) for name in self.names]
 
+    def size_bytes(self) -> int:
+        """Return the size of all files together."""
+        return sum(member.size for member in self.members())
+
     def identity(self) -> dict[str, Any]:
         """Return stem, bytes and a sha256 over names and contents of the files."""
         digests = [[name, file_digest(self.root / name)] for name in self.names]
-        total_bytes = sum(member.size for member in self.members())
-        return {"name": self.stem, "bytes": total_bytes, "sha256": json_digest(digests)}
+        return {"name": self.stem, "bytes": self.size_bytes(), "sha256": json_digest(digests)}
 
     def _file(self, member: Member, stream: BinaryIO | None) -> bytes:
         return (self.root / member.name).read_bytes()

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.latents.manifest import Manifest
+from pipeline.latents.manifest import SHARDS_NAME, Manifest
 from pipeline.latents.reader import LatentDataset
+from pipeline.latents.rows import SHARD_SCHEMA, read_table
 from pipeline.latents.shard import ChannelStatistics
 from preprocessing.finalize import channel_statistics, finalize_dataset, fp16_rounding
 from tests.builders import tiny_config
@@ -38,6 +40,20 @@ def test_another_run_of_the_whole_chain_has_the_same_digest(prepared: Prepared) 
     prepared.out = prepared.root / "again"
     prepared.encode()
     assert prepared.finalize() == digest
+
+
+def test_another_pyarrow_does_not_change_the_digest(prepared: Prepared) -> None:
+    """The same rows in other bytes, as another release writes them, stay; other rows do not."""
+    path, digest = prepared.out / SHARDS_NAME, Manifest.load(prepared.out).digest
+    rows = read_table(path, SHARD_SCHEMA)
+    changed = rows.set_column(1, "samples", [[1] * len(rows)])
+    pq.write_table(changed, path)
+    assert prepared.finalize() == digest
+    pq.write_table(rows, path, compression="gzip")
+    (prepared.out / "manifest.json").unlink()
+    other = prepared.finalize()
+    assert other != digest and prepared.finalize() == other
+    assert len(LatentDataset(prepared.out)) == 14
 
 
 def test_what_the_manifest_says(prepared: Prepared) -> None:
@@ -131,6 +147,13 @@ def test_a_missing_or_short_tar_is_found(prepared: Prepared) -> None:
         prepared.finalize()
     tar.unlink()
     with pytest.raises(DataError, match=r"00001\.tar has None bytes"):
+        prepared.finalize()
+
+
+def test_an_input_that_changed_since_is_refused(prepared: Prepared) -> None:
+    tar = prepared.source / "00001.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    with pytest.raises(DataError, match=r"00001: input\.bytes: \d+ on disk, \d+ wanted"):
         prepared.finalize()
 
 

@@ -86,6 +86,20 @@ def test_a_shard_whose_tar_was_removed_is_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
+def test_a_folder_of_pictures_is_encoded_like_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preprocessing.sources.SHARD_IMAGES", 4)
+    source = tmp_path / "in"
+    (source / "deep").mkdir(parents=True)
+    for name, content in [*pairs([f"p{k}" for k in range(5)]), *pair("deep/q", 9), ("notes.md", b"x")]:
+        (source / name).write_bytes(content)
+    done = encode(source, tmp_path / "out")
+    assert (done.encoded, done.counts.written, done.counts.rejected) == (2, 6, {"orphan": 1})
+    assert encode(source, tmp_path / "out").finished_before == 2
+    (source / "p9.txt").write_bytes(b"a new file moves everything after it")
+    with pytest.raises(OtherFingerprintError, match=r"00001\.json: .*input\.bytes"):
+        encode(source, tmp_path / "out")
+
+
 def test_a_helper_takes_what_is_left(tmp_path: Path) -> None:
     source = three_shards(tmp_path / "in")
     done = encode(source, tmp_path / "out", worker=1, workers=3)
