@@ -192,6 +192,9 @@ def verify(
     Example: ldm verify runs/demo/latents
     """
     from pipeline.errors import DataError
+    from pipeline.latents.manifest import Manifest
+
+    Manifest.load(dataset)  # Before the heavy imports: a wrong folder is said at once.
     from preprocessing.verify import verify_dataset
 
     result = verify_dataset(dataset, samples=samples, decode_with=decode_with)
