@@ -41,12 +41,17 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the number of finished steps that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def committed(checkpoints: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first; temporary and set-aside folders are none."""
     if not checkpoints.is_dir():
         return []
     found = [entry for entry in checkpoints.iterdir() if STEP_NAME.fullmatch(entry.name)]
-    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def aside(checkpoints: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from pipeline.training.checkpoint import (
     seal,
     set_aside,
     step_folder,
+    step_of,
 )
 from pipeline.training.ema import Ema
 from pipeline.training.fragment_file import Stretch, explain_os_error, write_stretches
@@ -74,15 +75,21 @@ class Checkpoints:
     """The checkpoints of one attempt at a run."""
 
     def __init__(
-        self, folder: Path, *, world: World, fragments: Fragments, ema: Ema, facts: Mapping[str, Any]
+        self,
+        folder: Path,
+        *,
+        world: World,
+        fragments: Fragments,
+        ema: Ema,
+        facts: Mapping[str, Any],
+        keep_last: int,
     ) -> None:
-        """Prepare to resume from and save to `folder`.
+        """Prepare to resume from and save to `folder`, where the last `keep_last` checkpoints stay.
 
-        `facts` go into every manifest as they are: config, data_digest, zero_stage, versions, attempt, keep_last.
+        `facts` go into every manifest as they are: attempt, config, data_digest, zero_stage, versions.
         """
         self._folder, self._world, self._fragments, self._ema = folder, world, fragments, ema
-        self._facts = {name: value for name, value in facts.items() if name != "keep_last"}
-        self._keep_last = int(facts["keep_last"])
+        self._facts, self._keep_last = dict(facts), keep_last
         self._failures = 0
         self.saved_step = -1
 
@@ -206,7 +213,7 @@ class Checkpoints:
 
     def _remove_old(self, newest: Path) -> None:
         """Remove all but the last checkpoints up to `newest`, which was just committed; a failure is only said."""
-        older = [path for path in committed(self._folder) if path.name <= newest.name]
+        older = [path for path in committed(self._folder) if step_of(path) <= step_of(newest)]
         for path in older[: -self._keep_last]:
             trash = temporary_beside(path)
             try:

@@ -138,7 +138,14 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
     fragments = Fragments(engine, world)
     ema = Ema(fragments, config.ema)
     facts = _facts(config, dataset, attempt)
-    checkpoints = Checkpoints(paths.checkpoints, world=world, fragments=fragments, ema=ema, facts=facts)
+    checkpoints = Checkpoints(
+        paths.checkpoints,
+        world=world,
+        fragments=fragments,
+        ema=ema,
+        facts=facts,
+        keep_last=config.train.keep_last,
+    )
     state = _resume(checkpoints, facts, paths, world)
     on_first_rank(world, lambda: _describe_run(config, paths, facts["versions"]))
     step = TrainStep(config, world, engine, dataset)
@@ -265,7 +272,6 @@ def _facts(config: RunConfig, dataset: LatentDataset, attempt: str) -> dict[str,
         "data_digest": dataset.manifest.digest,
         "zero_stage": config.engine.zero_stage,
         "versions": versions(),
-        "keep_last": config.train.keep_last,
     }
 
 

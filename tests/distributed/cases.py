@@ -175,7 +175,8 @@ def reshard(world: World, root: str, name: str, to: str, **sections: Any) -> dic
             world=world,
             fragments=old._fragments,
             ema=run.ema,
-            facts={**old._facts, "keep_last": 2},
+            facts=old._facts,
+            keep_last=2,
         )
         fresh.resume()
         fresh.save(run.state)

@@ -29,7 +29,7 @@ SPEC = LatentSpec(
 BUCKET = (16, 16)
 
 
-def build_dataset(folder: Path, samples: int, seed: int = 0) -> Path:
+def build_dataset(folder: Path, samples: int, seed: int = 0, spec: LatentSpec = SPEC) -> Path:
     """Write a data set of `samples` training samples, 8x8 latents of 4 channels, and return its folder."""
     draw = np.random.default_rng(seed)
     records = [{"key": f"k{number:06d}", "captions": [f"caption {number}"]} for number in range(samples)]
@@ -38,22 +38,22 @@ def build_dataset(folder: Path, samples: int, seed: int = 0) -> Path:
     tar.parent.mkdir(parents=True)
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as stream:
         for record in records:
-            for member in SPEC.members(BUCKET):
+            for member in spec.members(BUCKET):
                 _add(stream, f"{record['key']}.{member.name}.npy", npy_bytes(_array(draw, member)))
             _add(stream, f"{record['key']}.json", padded_json(record, json_bytes))
-    stride = stride_bytes(SPEC.members(BUCKET), json_bytes)
+    stride = stride_bytes(spec.members(BUCKET), json_bytes)
     segment = Segment(0, "train", *BUCKET, json_bytes, 0, samples, stride, 0)
     np.save(folder / SEGMENTS_NAME, segments_array([segment]), allow_pickle=False)
     row = {"name": "00000", "samples": samples, "bytes": tar.stat().st_size, "digest": file_digest(tar)}
     write_table(folder / SHARDS_NAME, [row], SHARD_SCHEMA)
     null = {}
-    for member in SPEC.text_members(1):
+    for member in spec.text_members(1):
         path = folder / "null" / f"{member.name}.npy"
         path.parent.mkdir(exist_ok=True)
         np.save(path, _array(draw, member), allow_pickle=False)
         null[member.name] = file_digest(path)
     Manifest(
-        spec=SPEC,
+        spec=spec,
         counts=Counts(samples, samples),
         splits={"train": samples, "validation": 0},
         buckets=[{"height": BUCKET[0], "width": BUCKET[1], "train": samples, "validation": 0}],

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,19 +50,13 @@ def stand_in_checkpoints(
 ) -> tuple[Checkpoints, Ema]:
     """Return the checkpoints in `folder` of a state in one process, and its average."""
     ema = Ema(fragments, EmaConfig(decay=0.9))  # type: ignore[arg-type]
-    facts: dict[str, Any] = {
-        "attempt": attempt,
-        "config": {},
-        "data_digest": "d",
-        "zero_stage": 1,
-        "versions": {},
-    }
-    facts["keep_last"] = keep_last
+    facts = {"attempt": attempt, "config": {}, "data_digest": "d", "zero_stage": 1, "versions": {}}
     checkpoints = Checkpoints(
         folder,
         world=World(),
         fragments=fragments,  # type: ignore[arg-type]
         ema=ema,
         facts=facts,
+        keep_last=keep_last,
     )
     return checkpoints, ema

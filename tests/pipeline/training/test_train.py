@@ -1,8 +1,15 @@
 """The small pure parts of the run; the run itself is in tests/distributed."""
 
+from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
-from pipeline.training.train import changed_settings, due, micro_batch_seed, versions
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.training.train import _open_dataset, changed_settings, due, micro_batch_seed, versions
+from tests.distributed.cases import make_config, paths_of
+from tests.distributed.dataset import SPEC, build_dataset
 
 
 def test_due() -> None:
@@ -40,3 +47,20 @@ def test_versions_are_those_installed() -> None:
     found = versions()
     assert found["torch"] == metadata.version("torch") and found["deepspeed"] == metadata.version("deepspeed")
     assert found["python"].startswith("3.")
+
+
+def test_a_data_set_that_fits_is_opened_and_one_that_does_not_is_refused(tmp_path: Path) -> None:
+    build_dataset(tmp_path / "latents", 30)
+    paths = paths_of(tmp_path, "run")
+    dataset = _open_dataset(make_config(tmp_path, "run"), paths)
+    assert len(dataset) == 30
+    dataset.close()
+    with pytest.raises(ConfigError, match=r"latents: model\.cross_attention_dim is 16, .*text width is 32"):
+        _open_dataset(make_config(tmp_path, "run", model={"cross_attention_dim": 16}), paths)
+
+
+def test_tokens_only_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    build_dataset(tmp_path / "latents", 30, spec=replace(SPEC, text="tokens"))
+    config = make_config(tmp_path, "run", encode={"text": "tokens"})
+    with pytest.raises(ConfigError, match=r"stores tokens only.*encode\.text: embeddings"):
+        _open_dataset(config, paths_of(tmp_path, "run"))
