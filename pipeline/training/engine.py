@@ -1,4 +1,4 @@
-"""Wrap the network with DeepSpeed and take optimizer steps: with `fragments`, the only room that knows DeepSpeed.
+"""Wrap the network with DeepSpeed and take optimizer steps: the only room that imports it.
 
 Measured against plain torch on two ranks: ZeRO 0 to 3 give the same fp32 losses to 1e-6. DeepSpeed syncs the
 device once a step to decide whether the gradients are finite; nothing here adds another at stages 1 to 3.
@@ -38,6 +38,8 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+DEEPSPEED_VERSION: str = deepspeed.__version__
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Engine:
                 model=network, optimizer=self.adamw, config=config, dist_init_required=False
             )[0]
         self.network.train()
-        logger.debug("DeepSpeed %s said: %s", deepspeed.__version__, said.getvalue())
-        logger.info("DeepSpeed %s, derived config %s", deepspeed.__version__, config)
+        logger.debug("DeepSpeed %s said: %s", DEEPSPEED_VERSION, said.getvalue())
+        logger.info("DeepSpeed %s, derived config %s", DEEPSPEED_VERSION, config)
 
     def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
         """Return the network's prediction [B, C, H, W], its inputs cast to the weights' type."""

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ToolError
-from pipeline.training.engine import Engine
+from pipeline.training.engine import DEEPSPEED_VERSION, Engine
 from pipeline.training.world import World
 
 TESTED_VERSIONS = ("0.19",)
@@ -63,7 +62,7 @@ class Fragments:
         Raises:
             ToolError: DeepSpeed is not a tested version, or its shards are not what this adapter takes them for.
         """
-        refuse_untested(deepspeed.__version__)
+        refuse_untested(DEEPSPEED_VERSION)
         self._engine = engine
         network: Any = engine.network.module
         named = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
@@ -106,7 +105,7 @@ class Fragments:
         names = sorted({name for report in reports for name in report["wrong"]})
         if found != self.total or names:
             raise ToolError(
-                f"DeepSpeed {deepspeed.__version__}: its shards hold {found} of {self.total} trainable elements"
+                f"DeepSpeed {DEEPSPEED_VERSION}: its shards hold {found} of {self.total} trainable elements"
                 + (f", and differ from the weights in {', '.join(names)}" if names else "")
                 + f"; this code is tested with DeepSpeed {', '.join(TESTED_VERSIONS)}.x without NVMe offload"
             )

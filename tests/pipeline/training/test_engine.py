@@ -21,9 +21,10 @@ def test_kernels_decay_and_biases_and_norms_do_not() -> None:
 
 
 def test_extensions_have_a_private_folder_unless_the_user_names_one() -> None:
-    # The folder is chosen before DeepSpeed is imported; a stand-in for it saves seconds.
+    # A stand-in for DeepSpeed saves seconds.
     code = (
         "import os, sys, types; sys.modules['deepspeed'] = sys.modules['deepspeed.ops'] = types.ModuleType('d'); "
+        "sys.modules['deepspeed'].__version__ = '0'; "
         "import pipeline.training.engine; print(os.environ['TORCH_EXTENSIONS_DIR'])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TORCH_EXTENSIONS_DIR"}
@@ -36,3 +37,22 @@ def test_extensions_have_a_private_folder_unless_the_user_names_one() -> None:
 
     assert "/ldm/torch_extensions-" in folder(HOME="/nonexistent/home")
     assert folder(TORCH_EXTENSIONS_DIR="/mine") == "/mine"
+
+
+FIRST_IMPORT = """
+import os, sys, importlib.abc
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "deepspeed":
+            print("set" if "TORCH_EXTENSIONS_DIR" in os.environ else "NOT SET", flush=True)
+sys.meta_path.insert(0, Watch())
+import pipeline.training.train
+"""
+
+
+def test_whoever_comes_first_the_folder_is_set_before_deepspeed_is_imported_and_nothing_is_said() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TORCH_EXTENSIONS_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IMPORT], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set\n"
