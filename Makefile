@@ -7,7 +7,6 @@ PYTEST_ARGS ?=
 
 export HF_HUB_OFFLINE = 1
 export MLFLOW_DISABLE_TELEMETRY = true
-export OMP_WAIT_POLICY = PASSIVE
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 
 .PHONY: help install install-dev demo test check format clean

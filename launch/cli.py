@@ -320,8 +320,8 @@ def status(path: Annotated[Path, typer.Argument(help="run folder or data set")])
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and leave with the exit code of what happened."""
-    # Threads that spin while they wait make a step ten times slower on a machine that does anything else beside it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that spin for long make a step many times slower on a CPU that does anything else beside it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     logging.basicConfig(
         level=logging.INFO if rank == "0" else logging.WARNING, format="%(message)s", stream=sys.stderr
