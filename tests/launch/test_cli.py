@@ -1,5 +1,7 @@
 """The door: help at once, one clear line and an exit code for a mistake, nothing written."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,27 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert said in answer.stderr and "Traceback" not in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["configs", "examples"]
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_data_set_that_does_not_fit_is_refused_with_both_values(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    golden = ROOT / "tests" / "golden" / "format1"
+    width = json.loads((golden / "manifest.json").read_text())["spec"]["text_width"]
+    answer = ldm(verb, "configs/demo.yaml", f"data.dataset={golden}", cwd=tmp_path)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert f"model.cross_attention_dim is 128, the data set's text width is {width}" in answer.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["configs"]
+
+
+def test_a_data_set_without_manifest_trains_nothing(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copytree(ROOT / "tests" / "golden" / "format1", tmp_path / "set")
+    (tmp_path / "set" / "manifest.json").unlink()
+    answer = ldm("train", "configs/demo.yaml", "data.dataset=set", cwd=tmp_path)
+    assert answer.returncode == 3 and "has no manifest.json: run `ldm finalize`" in answer.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_check_says_what_follows_from_the_config() -> None:
