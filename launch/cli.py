@@ -297,8 +297,11 @@ def submit(
     Example: ldm submit configs/sd15-512.yaml --dry-run
     """
     run, paths = _configured(config, overrides)
+    from launch.check import refuse_untrainable
     from launch.slurm import submit_job
 
+    if not dry_run:  # A wrong config costs a second here, and a place in the queue later.
+        refuse_untrainable(run, paths, str(config))
     job = submit_job(run, paths, dry_run=dry_run)
     typer.echo(
         job.script

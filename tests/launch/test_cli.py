@@ -52,6 +52,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         ),
         (["train", "configs/demo.yaml", "data.dataset=nowhere"], 3, "run `ldm encode`"),
         (["train", "configs/demo.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
+        (["submit", "configs/demo.yaml"], 3, "run `ldm encode`"),
         (["evaluate", "nowhere"], 2, "not a run folder"),
         (["status", "nowhere"], 2, "neither a run folder"),
         (["verify", "nowhere"], 3, "does not exist"),
