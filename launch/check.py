@@ -60,6 +60,10 @@ def combination_problems(config: RunConfig) -> list[str]:
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is more than train.steps {config.train.steps}; "
             "the learning rate would never arrive"
         )
+    if config.model.addition_embed_type is not None:
+        lines.append(
+            "model.addition_embed_type: 'text_time' (SDXL) is built, but this version does not train it; use null"
+        )
     if config.first_stage:
         lines += _first_stage_problems(config)
     return lines

@@ -31,7 +31,7 @@ ConfigPath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings laid over it, e.g. train.steps=100"),
+    typer.Argument(metavar="KEY=VALUE", help="settings laid over it, e.g. train.steps=100"),
 ]
 DatasetPath = Annotated[Path, typer.Argument(metavar="DATASET", help="folder of a latent data set")]
 DEMO_CONFIG = Path("configs/demo.yaml")
@@ -71,7 +71,7 @@ def _of_run(run: Path, overrides: Sequence[str] | None) -> tuple[Any, Any]:
 @app.command()
 def demo(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="default configs/demo.yaml")
+        list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="default configs/demo.yaml")
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="three minutes: less training, the same chain")
@@ -308,6 +308,18 @@ def submit(
         if job.job_id is None
         else f"submitted job {job.job_id}; follow it with ldm status {paths.root}"
     )
+
+
+@app.command()
+def sync(run: RunPath) -> None:
+    """Send the records that MLflow does not have yet from metrics.jsonl; from one machine at a time.
+
+    Example: ldm sync runs/demo
+    """
+    config, paths = _of_run(run, None)
+    from pipeline.tracking import sync_records
+
+    typer.echo(f"{paths.metrics}: {sync_records(config=config, paths=paths)} records could not be sent")
 
 
 @app.command()

@@ -17,8 +17,9 @@ def describe(path: Path) -> str:
     Raises:
         ConfigError: when it is neither.
     """
-    if RunPaths(path).config.is_file():
-        return describe_run(RunPaths(path))
+    run = RunPaths(path)
+    if any(mark.exists() for mark in (run.config, run.jobs, run.metrics, run.autoencoder, run.clip)):
+        return describe_run(run)
     if (path / "manifest.json").is_file() or any(path.glob("[0-9a-f][0-9a-f]/*.json")):
         return describe_dataset(path)
     raise ConfigError(
@@ -38,7 +39,8 @@ def describe_run(paths: RunPaths) -> str:
         lines.append(f"  last record {age_seconds:.0f} s ago")
     lines.append(f"  checkpoints: {', '.join(checkpoints) or 'none'}")
     if paths.jobs.is_file():
-        lines.append(f"  slurm jobs: {json.loads(paths.jobs.read_text())}")
+        jobs = json.loads(paths.jobs.read_text())["jobs"]
+        lines.append(f"  slurm jobs: {', '.join(job['job_id'] for job in jobs)}")
     return "\n".join(lines)
 
 

@@ -23,6 +23,8 @@ from pipeline.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_NODES = 20_000
+OVERRIDDEN = -1
+"""Line number of a key that an override has set."""
 Lines = dict[tuple[str | int, ...], int]
 
 
@@ -38,6 +40,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         problem = _apply_override(tree, override)
         if problem:
             problems.append(problem)
+        else:
+            _forget_line(lines, override.partition("=")[0])
     config, found = validate(tree, str(path), lines)
     problems += found
     if problems or config is None:
@@ -70,7 +74,9 @@ def dump_config(config: RunConfig) -> str:
 
 def _read_tree(path: Path) -> tuple[dict[str, Any], Lines]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file; the shipped ones are configs/*.yaml")
+        what = "is a folder" if path.is_dir() else "no such config file"
+        what += "; the config comes first, settings after it" if "=" in str(path) else ""
+        raise ConfigError(f"{path}: {what}; the shipped ones are configs/*.yaml in the clone")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
     try:
@@ -141,6 +147,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
+def _forget_line(lines: Lines, key: str) -> None:
+    """Forget where the file sets `key`: what an override said is not the file's fault."""
+    at = tuple(key.strip().split("."))
+    for known in [known for known in lines if known[: len(at)] == at]:
+        del lines[known]
+    lines[at] = OVERRIDDEN
+
+
 def _distinct(error: ValidationError) -> Iterator[dict[str, Any]]:
     """Yield one problem for each key: a union of types reports the same key once a member."""
     seen = set()
@@ -160,6 +174,8 @@ def _problem_line(problem: dict[str, Any], tree: dict[str, Any], where: str, lin
     dotted = ".".join(map(str, at)) or "(whole file)"
     line = next((lines[at[:end]] for end in range(len(at), 0, -1) if lines.get(at[:end])), None)
     place = f"{where}:{line}: {dotted}" if line else f"{where}: {dotted}"
+    if line == OVERRIDDEN:
+        place = f"override {dotted}"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(at[:-1])
         near = difflib.get_close_matches(str(at[-1]), known, n=1, cutoff=0.5)

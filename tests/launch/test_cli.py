@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = (
-    "demo check doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit status"
+    "demo check doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit sync status"
 ).split()
 
 

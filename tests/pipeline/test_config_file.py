@@ -42,7 +42,7 @@ def test_all_problems_at_once_with_line_and_likely_key(tmp_path: Path) -> None:
     assert "c.yaml:7: optimizer.learnign_rate: unknown key; did you mean 'learning_rate'?" in joined
     assert "c.yaml:8: optimizer.beta1" in joined and "less than 1" in joined and "got 1.5" in joined
     assert "c.yaml:9: modle: unknown key; did you mean 'model'?" in joined
-    assert "ema.decay" in joined and "got 2" in joined
+    assert "override ema.decay: " in joined and "got 2" in joined
     assert "override 'nonsense'" in joined
     assert len(found) == 5
 
