@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,6 +34,7 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="settings laid over it, e.g. train.steps=100"),
 ]
 DatasetPath = Annotated[Path, typer.Argument(metavar="DATASET", help="folder of a latent data set")]
+INTERRUPTED = 130
 DEMO_CONFIG = Path("configs/demo.yaml")
 
 
@@ -333,7 +334,7 @@ def status(path: Annotated[Path, typer.Argument(help="run folder or data set")])
     typer.echo(describe(path))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with the exit code of what happened."""
     # OpenMP threads that spin for long make a step many times slower on a CPU that does anything else beside it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -342,15 +343,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if rank == "0" else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
     try:
-        app(args=arguments, standalone_mode=True)
+        code = app(args=arguments, standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt  # typer took it, without a word to the user
+        sys.exit(code if isinstance(code, int) else 0)
     except PipelineError as error:
         for line in str(error).splitlines():
             print(f"ldm: {line}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("ldm: interrupted; run the same command to go on", file=sys.stderr)
-        sys.exit(130)
-    return 0
+    except (typer.Abort, KeyboardInterrupt):
+        print("ldm: interrupted; run the same command to go on", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
+            raise
+        error.show()  # typer's own errors: an unknown verb or option, a missing argument
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

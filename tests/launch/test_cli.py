@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import main
+
 ROOT = Path(__file__).parent.parent.parent
 VERBS = (
     "demo check doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit sync status"
@@ -89,6 +91,23 @@ def test_a_data_set_without_manifest_trains_nothing(tmp_path: Path) -> None:
     answer = ldm("train", "configs/demo.yaml", "data.dataset=set", cwd=tmp_path)
     assert answer.returncode == 3 and "has no manifest.json: run `ldm finalize`" in answer.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["trian", "x"], ["check"], ["verify", "x", "--sampels", "3"]])
+def test_a_wrong_call_shows_the_usage(arguments: list[str]) -> None:
+    said = ldm(*arguments)
+    assert said.returncode == 2 and "Usage: " in said.stderr and "Traceback" not in said.stderr
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(path: Path, overrides: list[str]) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.check.check_config", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main(["check", "configs/demo.yaml"])
+    assert left.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "ldm: interrupted; run the same command to go on"
 
 
 def test_check_says_what_follows_from_the_config() -> None:
