@@ -74,7 +74,9 @@ def test_any_cut_is_read_from_any_other(tmp_path: Path, seed: int) -> None:
 def test_reading_stops_when_everything_is_there(tmp_path: Path) -> None:
     stretch = Stretch("master", "w", 0, torch.ones(4))
     write_stretches(tmp_path / "own", [stretch])
-    read_into([tmp_path / "own", tmp_path / "not there"], [Stretch("master", "w", 0, torch.empty(4))])
+    wanted = Stretch("master", "w", 0, torch.zeros(4))
+    read_into([tmp_path / "own", tmp_path / "not there"], [wanted])
+    assert torch.equal(wanted.tensor, torch.ones(4))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
