@@ -5,26 +5,18 @@ come with its batch; the only other draw, dropout inside the U-Net, is seeded an
 killed and resumed run is the uninterrupted one bit for bit, and no random state is ever saved.
 """
 
-import hashlib
 import logging
 import math
-import platform
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.config_file import dump_config
 from pipeline.data.loader import LatentBatch, LatentLoader
-from pipeline.diffusion.guidance import drop_captions
-from pipeline.diffusion.objective import denoising_loss
-from pipeline.diffusion.posterior import sample_posterior, scale_latents
-from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.latents.manifest import refuse_mismatch
 from pipeline.latents.reader import LatentDataset
@@ -32,21 +24,21 @@ from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths, dataset_folder
 from pipeline.progress import Progress, progress_bar
 from pipeline.publish import write_bytes, write_json
-from pipeline.tracking import NoRecords, Records, open_records, redact
+from pipeline.tracking import NoRecords, Records, open_records
 from pipeline.training.checkpoint import on_first_rank
 from pipeline.training.ema import Ema
 from pipeline.training.engine import Engine
+from pipeline.training.facts import changed_settings, run_facts
 from pipeline.training.fragments import Fragments
 from pipeline.training.health import refuse_divergence, suspects
 from pipeline.training.interval import Interval
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.save import Checkpoints, RunState
+from pipeline.training.step import Losses, TrainStep
 from pipeline.training.stop import Stop
 from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)
-
-LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ldm")
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ class Run:
     engine: Engine
     ema: Ema
     checkpoints: Checkpoints
-    step: "TrainStep"
+    step: TrainStep
     state: RunState
 
 
@@ -137,7 +129,7 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
     opened.callback(engine.close)
     fragments = Fragments(engine, world)
     ema = Ema(fragments, config.ema)
-    facts = _facts(config, dataset, attempt)
+    facts = run_facts(config, dataset, attempt)
     checkpoints = Checkpoints(
         paths.checkpoints,
         world=world,
@@ -155,76 +147,6 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
 def due(step: int, every: int) -> bool:
     """Return whether what happens every `every` steps happens after `step` finished steps."""
     return step % every == 0
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What the micro-batches of one step lost on this rank, on the device and detached."""
-
-    per_sample: list[Tensor]
-    """float32 [b] for each micro-batch."""
-    total: Tensor
-    """Sum over the samples, fillers left out, scalar."""
-
-
-class TrainStep:
-    """From the micro-batches of a step to accumulated gradients."""
-
-    def __init__(self, config: RunConfig, world: World, engine: Engine, dataset: LatentDataset) -> None:
-        """Keep what every step needs on the device: schedule and null text."""
-        self._config, self._world, self._engine, self._spec = config, world, engine, dataset.spec
-        self._schedule = Schedule.from_config(config.objective, world.device)
-        null_text = dataset.null_text()["text"]
-        self._null_text_1LD = torch.from_numpy(null_text).to(world.device, torch.float32)
-
-    def accumulate(self, micro_batches: Sequence[LatentBatch], step: int) -> Losses:
-        """Run forward and backward of this rank's micro-batches and return what they lost.
-
-        The loss of the step is the mean over the global batch whatever the split: DeepSpeed divides by ranks and
-        micro-batches, which is undone here; fillers weigh nothing.
-        """
-        config = self._config
-        scale = self._world.world_size * len(micro_batches) / config.engine.global_batch
-        per_sample, sums = [], []
-        for number, batch in enumerate(micro_batches):
-            torch.manual_seed(micro_batch_seed(config.seed, step, number, self._world.rank))
-            loss_B, weight_B = self._losses(batch.to(self._world.device))
-            loss = (loss_B * weight_B).sum()
-            self._engine.backward(loss * scale)
-            per_sample.append(loss_B.detach())
-            sums.append(loss.detach())
-        return Losses(per_sample, torch.stack(sums).sum())
-
-    def _losses(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
-        assert batch.text is not None
-        z_BCHW = sample_posterior(batch.moments, batch.posterior_noise)
-        x0_BCHW = scale_latents(z_BCHW, self._spec.scaling_factor, self._spec.shift_factor)
-        text_BLD = drop_captions(batch.text.float(), self._null_text_1LD, batch.dropped)
-        prediction = self._config.objective.prediction
-        loss_B = denoising_loss(
-            self._engine, x0_BCHW, text_BLD, batch.noise, batch.timesteps, self._schedule, prediction
-        )
-        return loss_B, batch.weight
-
-
-def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """Return the seed of torch's generator for dropout inside one micro-batch, below 2^63.
-
-    Dropout is the one draw that depends on rank and micro-batch: with `model.dropout` above 0 a run is repeatable
-    at the same world size and split, and elsewhere only in distribution.
-    """
-    digest = hashlib.sha256(f"dropout/{seed}/{step}/{micro_batch}/{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> Iterator[str]:
-    """Yield `dotted.key: old -> new` for each setting that differs between two configs as JSON data."""
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from changed_settings(old, new, f"{at}{key}.")
-        elif old != new:
-            yield f"{at}{key}: {old!r} -> {new!r}"
 
 
 def _open_dataset(config: RunConfig, paths: RunPaths) -> LatentDataset:
@@ -262,28 +184,6 @@ def _build_engine(config: RunConfig, world: World, micro_batches: int) -> Engine
         world=world,
         micro_batches=micro_batches,
     )
-
-
-def _facts(config: RunConfig, dataset: LatentDataset, attempt: str) -> dict[str, Any]:
-    """Return what every checkpoint of this attempt says of the run beside its numbers."""
-    return {
-        "attempt": attempt,
-        "config": redact(config.model_dump(mode="json")),
-        "data_digest": dataset.manifest.digest,
-        "zero_stage": config.engine.zero_stage,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, the libraries that shape a training, and this code."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _resume(checkpoints: Checkpoints, facts: Mapping[str, Any], paths: RunPaths, world: World) -> RunState:

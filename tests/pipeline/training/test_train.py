@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.training.train import _open_dataset, changed_settings, due, micro_batch_seed, versions
+from pipeline.training.facts import changed_settings, versions
+from pipeline.training.step import micro_batch_seed
+from pipeline.training.train import _open_dataset, due
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.dataset import SPEC, build_dataset
 

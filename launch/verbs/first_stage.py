@@ -1,0 +1,33 @@
+"""Verbs that train the frozen models."""
+
+import typer
+
+from launch.verbs.arguments import ConfigPath, Overrides, configured
+
+app = typer.Typer()
+
+
+@app.command("train-autoencoder")
+def train_autoencoder(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the KL autoencoder on the source images into RUN/autoencoder.
+
+    Example: ldm train-autoencoder configs/demo.yaml
+    """
+    run, paths = configured(config, overrides)
+    from pipeline.first_stage.autoencoder import train_autoencoder as train_it
+    from preprocessing.pairs import prepared_pairs
+
+    typer.echo(train_it(run, prepared_pairs(run.encode), paths))
+
+
+@app.command("train-clip")
+def train_clip(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a small CLIP on the source pairs into RUN/clip and RUN/text_encoder.
+
+    Example: ldm train-clip configs/demo.yaml
+    """
+    run, paths = configured(config, overrides)
+    from pipeline.first_stage.clip import train_clip as train_it
+    from preprocessing.pairs import prepared_pairs
+
+    typer.echo(train_it(run, prepared_pairs(run.encode), paths))

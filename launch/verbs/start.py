@@ -1,0 +1,56 @@
+"""Verbs to begin with."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.verbs.arguments import ConfigPath, Overrides
+
+app = typer.Typer()
+
+DEMO_CONFIG = Path("configs/demo.yaml")
+
+
+@app.command()
+def demo(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="default configs/demo.yaml")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="three minutes: less training, the same chain")
+    ] = False,
+) -> None:
+    """Run the whole chain on the example data: first stage, encode, train, evaluate, sample, export.
+
+    Example: ldm demo --fast
+    """
+    from launch.demo import run_demo
+
+    given = arguments or []
+    named = given[:1] if given and "=" not in given[0] else []
+    run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast)
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Find every problem of a config without importing torch; print what follows from it.
+
+    Example: ldm check configs/sd15-512.yaml engine.global_batch=1024
+    """
+    from launch.check import check_config
+
+    typer.echo(check_config(config, overrides or ()))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is missing and for what, and what will be used.
+
+    Example: ldm doctor
+    """
+    from launch.doctor import examine
+
+    report, healthy = examine()
+    typer.echo(report)
+    raise typer.Exit(0 if healthy else 1)

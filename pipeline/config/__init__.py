@@ -1,0 +1,37 @@
+"""Every knob of a run with its unit and its reason, as strict frozen models.
+
+No class path and no code stands in a config; a component receives its own section only. Numbers that follow
+from others (micro-batches, DeepSpeed's JSON, latent sizes) are computed, never set. Reading files, overrides
+and error lines are `pipeline.config_file`'s job.
+"""
+
+from pipeline.config.cluster import ClusterConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.ema import EmaConfig
+from pipeline.config.encode import EncodeConfig
+from pipeline.config.engine import EngineConfig, OptimizerConfig
+from pipeline.config.first_stage import AutoencoderConfig, ClipConfig, FirstStageConfig
+from pipeline.config.model import UNetConfig
+from pipeline.config.objective import ObjectiveConfig
+from pipeline.config.outcome import EvaluateConfig, SampleConfig, TrackingConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.train import TrainConfig
+
+__all__ = [
+    "AutoencoderConfig",
+    "ClipConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EmaConfig",
+    "EncodeConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "FirstStageConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "UNetConfig",
+]

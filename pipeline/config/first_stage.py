@@ -1,0 +1,68 @@
+"""The models that are trained before the data is encoded."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Count, Positive, Section
+
+
+class AutoencoderConfig(Section):
+    """The first stage: a KL autoencoder trained on the source images, then frozen."""
+
+    latent_channels: Positive = Field(4, description="channels of the latent")
+    block_out_channels: tuple[Positive, ...] = Field(
+        (128, 256, 512, 512), description="widths; each but one halves"
+    )
+    layers_per_block: Positive = Field(2, description="residual blocks a level")
+    norm_num_groups: Positive = Field(32, description="groups of GroupNorm")
+    mid_block_attention: bool = Field(True, description="self-attention at the lowest resolution")
+    kl_weight: float = Field(1e-6, ge=0.0, description="weight of the KL term against L1 (LDM: 1e-6)")
+    learning_rate: float = Field(1e-3, gt=0.0, description="AdamW, cosine to zero")
+    batch: Positive = Field(8, description="images a step over all processes")
+    steps: Positive = Field(description="optimizer steps")
+    warmup_steps: Count = Field(50, description="linear warm-up steps")
+    clip_grad_norm: float = Field(1.0, gt=0.0, description="bound of the gradient's norm")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast type of the training")
+    checkpoint_every: Positive = Field(200, description="steps between resumable checkpoints")
+    log_every: Positive = Field(20, description="steps between records")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image side per latent side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+class ClipConfig(Section):
+    """A small CLIP trained on the source pairs, whose text tower conditions the U-Net."""
+
+    width: Positive = Field(
+        128, description="width of both towers and of the text states the U-Net attends to"
+    )
+    vision_layers: Positive = Field(3, description="transformer layers over patches")
+    text_layers: Positive = Field(2, description="transformer layers over tokens")
+    heads: Positive = Field(4, description="attention heads; divides the width")
+    patch: Positive = Field(16, description="pixels of a patch side")
+    vocabulary: Positive = Field(
+        2048, description="entries of the byte-pair encoding trained on the captions"
+    )
+    max_tokens: Positive = Field(24, description="text length L with start and end tokens")
+    learning_rate: float = Field(1e-3, gt=0.0, description="AdamW, cosine to zero")
+    batch: Positive = Field(96, description="pairs a step: the contrastive negatives")
+    steps: Positive = Field(description="optimizer steps")
+    warmup_steps: Count = Field(50, description="linear warm-up steps")
+    checkpoint_every: Positive = Field(200, description="steps between resumable checkpoints")
+    log_every: Positive = Field(20, description="steps between records")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class FirstStageConfig(Section):
+    """Models trained before the data is encoded, for those who have none for their domain."""
+
+    autoencoder: AutoencoderConfig
+    clip: ClipConfig

@@ -1,0 +1,44 @@
+"""What a run says of itself: in every checkpoint, in its folder, and when it is resumed with other settings."""
+
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.latents.reader import LatentDataset
+from pipeline.tracking import redact
+
+LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ldm")
+
+
+def run_facts(config: RunConfig, dataset: LatentDataset, attempt: str) -> dict[str, Any]:
+    """Return what every checkpoint of this attempt says of the run beside its numbers."""
+    return {
+        "attempt": attempt,
+        "config": redact(config.model_dump(mode="json")),
+        "data_digest": dataset.manifest.digest,
+        "zero_stage": config.engine.zero_stage,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, the libraries that shape a training, and this code."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """Yield `dotted.key: old -> new` for each setting that differs between two configs as JSON data."""
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changed_settings(old, new, f"{at}{key}.")
+        elif old != new:
+            yield f"{at}{key}: {old!r} -> {new!r}"

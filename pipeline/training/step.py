@@ -1,0 +1,78 @@
+"""From the micro-batches of a step to accumulated gradients."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config import RunConfig
+from pipeline.data.loader import LatentBatch
+from pipeline.diffusion.guidance import drop_captions
+from pipeline.diffusion.objective import denoising_loss
+from pipeline.diffusion.posterior import sample_posterior, scale_latents
+from pipeline.diffusion.schedule import Schedule
+from pipeline.latents.reader import LatentDataset
+from pipeline.training.engine import Engine
+from pipeline.training.world import World
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the micro-batches of one step lost on this rank, on the device and detached."""
+
+    per_sample: list[Tensor]
+    """float32 [b] for each micro-batch."""
+    total: Tensor
+    """Sum over the samples, fillers left out, scalar."""
+
+
+class TrainStep:
+    """From the micro-batches of a step to accumulated gradients."""
+
+    def __init__(self, config: RunConfig, world: World, engine: Engine, dataset: LatentDataset) -> None:
+        """Keep what every step needs on the device: schedule and null text."""
+        self._config, self._world, self._engine, self._spec = config, world, engine, dataset.spec
+        self._schedule = Schedule.from_config(config.objective, world.device)
+        null_text = dataset.null_text()["text"]
+        self._null_text_1LD = torch.from_numpy(null_text).to(world.device, torch.float32)
+
+    def accumulate(self, micro_batches: Sequence[LatentBatch], step: int) -> Losses:
+        """Run forward and backward of this rank's micro-batches and return what they lost.
+
+        The loss of the step is the mean over the global batch whatever the split: DeepSpeed divides by ranks and
+        micro-batches, which is undone here; fillers weigh nothing.
+        """
+        config = self._config
+        scale = self._world.world_size * len(micro_batches) / config.engine.global_batch
+        per_sample, sums = [], []
+        for number, batch in enumerate(micro_batches):
+            torch.manual_seed(micro_batch_seed(config.seed, step, number, self._world.rank))
+            loss_B, weight_B = self._losses(batch.to(self._world.device))
+            loss = (loss_B * weight_B).sum()
+            self._engine.backward(loss * scale)
+            per_sample.append(loss_B.detach())
+            sums.append(loss.detach())
+        return Losses(per_sample, torch.stack(sums).sum())
+
+    def _losses(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
+        assert batch.text is not None
+        z_BCHW = sample_posterior(batch.moments, batch.posterior_noise)
+        x0_BCHW = scale_latents(z_BCHW, self._spec.scaling_factor, self._spec.shift_factor)
+        text_BLD = drop_captions(batch.text.float(), self._null_text_1LD, batch.dropped)
+        prediction = self._config.objective.prediction
+        loss_B = denoising_loss(
+            self._engine, x0_BCHW, text_BLD, batch.noise, batch.timesteps, self._schedule, prediction
+        )
+        return loss_B, batch.weight
+
+
+def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """Return the seed of torch's generator for dropout inside one micro-batch, below 2^63.
+
+    Dropout is the one draw that depends on rank and micro-batch: with `model.dropout` above 0 a run is repeatable
+    at the same world size and split, and elsewhere only in distribution.
+    """
+    digest = hashlib.sha256(f"dropout/{seed}/{step}/{micro_batch}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
