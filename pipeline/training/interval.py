@@ -1,7 +1,7 @@
 """What happened since the last record: losses stay on the device and are summed over ranks only when written."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -54,19 +54,27 @@ class Interval:
         """Return this rank's [sum of losses, applied steps] for a checkpoint; waits for the device."""
         return [float(self._loss_sum.item()), float(self._applied)]
 
-    def close(self, world: World, global_batch: int) -> dict[str, float]:
+    def close(
+        self, world: World, global_batch: int, parts: Mapping[str, float | None] | None = None
+    ) -> dict[str, float]:
         """Return the record of the interval, the same on all ranks, and begin the next; waits for device and ranks.
 
         `loss` is the mean over samples of the applied steps, NaN without any; `data_wait_fraction` is the mean
-        over ranks of the time spent waiting for data.
+        over ranks of the time spent waiting for data, and `NAME_fraction` that of the seconds of each of `parts`
+        that is not None.
         """
         now_seconds = self._clock()
         elapsed_seconds = max(now_seconds - self._began_seconds - self._paused_seconds, 1e-9)
-        loss_sum, waited = world.sum([float(self._loss_sum.item()), self._waited_seconds / elapsed_seconds])
+        seconds = {"data_wait": self._waited_seconds}
+        seconds |= {name: part for name, part in (parts or {}).items() if part is not None}
+        shares = [part / elapsed_seconds for part in seconds.values()]
+        loss_sum, *sums = world.sum([float(self._loss_sum.item()), *shares])
         record = {
             "loss": loss_sum / (self._applied * global_batch) if self._applied else float("nan"),
             "samples_per_second": self._samples / elapsed_seconds,
-            "data_wait_fraction": waited / world.world_size,
+        }
+        record |= {
+            f"{name}_fraction": total / world.world_size for name, total in zip(seconds, sums, strict=True)
         }
         self._loss_sum.zero_()
         self._applied = self._samples = 0

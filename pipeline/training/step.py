@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.data.loader import LatentBatch
-from pipeline.diffusion.guidance import drop_captions
 from pipeline.diffusion.objective import denoising_loss
 from pipeline.diffusion.posterior import sample_posterior, scale_latents
 from pipeline.diffusion.schedule import Schedule
-from pipeline.latents.reader import LatentDataset
+from pipeline.latents.spec import LatentSpec
 from pipeline.training.engine import Engine
+from pipeline.training.text import TextSource
 from pipeline.training.world import World
 
 
@@ -31,12 +31,13 @@ class Losses:
 class TrainStep:
     """From the micro-batches of a step to accumulated gradients."""
 
-    def __init__(self, config: RunConfig, world: World, engine: Engine, dataset: LatentDataset) -> None:
-        """Keep what every step needs on the device: schedule and null text."""
-        self._config, self._world, self._engine, self._spec = config, world, engine, dataset.spec
+    def __init__(
+        self, config: RunConfig, world: World, engine: Engine, spec: LatentSpec, text: TextSource
+    ) -> None:
+        """Keep what every step needs on the device."""
+        self._config, self._world, self._engine, self._spec = config, world, engine, spec
         self._schedule = Schedule.from_config(config.objective, world.device)
-        null_text = dataset.null_text()["text"]
-        self._null_text_1LD = torch.from_numpy(null_text).to(world.device, torch.float32)
+        self.text = text
 
     def accumulate(self, micro_batches: Sequence[LatentBatch], step: int) -> Losses:
         """Run forward and backward of this rank's micro-batches and return what they lost.
@@ -57,10 +58,9 @@ class TrainStep:
         return Losses(per_sample, torch.stack(sums).sum())
 
     def _losses(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
-        assert batch.text is not None
         z_BCHW = sample_posterior(batch.moments, batch.posterior_noise)
         x0_BCHW = scale_latents(z_BCHW, self._spec.scaling_factor, self._spec.shift_factor)
-        text_BLD = drop_captions(batch.text.float(), self._null_text_1LD, batch.dropped)
+        text_BLD = self.text.states(batch)
         prediction = self._config.objective.prediction
         loss_B = denoising_loss(
             self._engine, x0_BCHW, text_BLD, batch.noise, batch.timesteps, self._schedule, prediction

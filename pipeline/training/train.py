@@ -17,7 +17,7 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.config_file import dump_config
 from pipeline.data.loader import LatentBatch, LatentLoader
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.latents.manifest import refuse_mismatch
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.unet import UNet
@@ -36,6 +36,7 @@ from pipeline.training.learning_rate import learning_rate
 from pipeline.training.save import Checkpoints, RunState
 from pipeline.training.step import Losses, TrainStep
 from pipeline.training.stop import Stop
+from pipeline.training.text import open_text
 from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> 
             if not outcome.applied:
                 _note_skip(run, micro_batches, losses)
             if due(state.step, config.train.log_every) or state.step == total:
-                values = interval.close(world, global_batch)
+                values = interval.close(world, global_batch, {"text_encoder": run.step.text.take_seconds()})
                 values |= {"grad_norm": float(outcome.grad_norm), "learning_rate": rate}
                 values |= {"ema_decay": run.ema.decay, "skipped": state.skipped}
                 records.log(state.step, values, samples=state.samples)
@@ -140,7 +141,8 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
     )
     state = _resume(checkpoints, facts, paths, world)
     on_first_rank(world, lambda: _describe_run(config, paths, facts["versions"]))
-    step = TrainStep(config, world, engine, dataset)
+    text = open_text(config, dataset, paths, world.device)
+    step = TrainStep(config, world, engine, dataset.spec, text)
     return Run(config, world, loader, engine, ema, checkpoints, step, state)
 
 
@@ -153,11 +155,6 @@ def _open_dataset(config: RunConfig, paths: RunPaths) -> LatentDataset:
     folder = dataset_folder(config, paths)
     dataset = LatentDataset(folder)
     refuse_mismatch(dataset.manifest, config, folder)
-    if dataset.spec.text == "tokens":
-        raise ConfigError(
-            f"{folder}: stores tokens only, and training on them needs the text encoder in the step, which this "
-            "version does not run; encode with `encode.text: embeddings`"
-        )
     return dataset
 
 

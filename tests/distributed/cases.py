@@ -49,7 +49,7 @@ def make_config(root: Path, name: str, **sections: dict[str, Any]) -> RunConfig:
     """Return a tiny run over ROOT/latents, 6 steps of 8 samples, saved every second step and recorded at each."""
     tree = {**TREE, "name": name, "runs": str(root)}
     for section, fields in sections.items():
-        tree[section] = TREE[section] | fields
+        tree[section] = TREE.get(section, {}) | fields
     tree["data"] = tree["data"] | {"dataset": str(root / tree["data"]["dataset"])}
     return RunConfig.model_validate_json(json.dumps(tree))
 

@@ -12,6 +12,7 @@ from pipeline.latents.rows import SHARD_SCHEMA, write_table
 from pipeline.latents.segments import segments_array
 from pipeline.latents.shard import Counts, Segment, shard_path
 from pipeline.latents.spec import LatentSpec, Member
+from pipeline.models.text_encoder import FrozenTextEncoder
 from pipeline.publish import file_digest
 
 SPEC = LatentSpec(
@@ -29,17 +30,29 @@ SPEC = LatentSpec(
 BUCKET = (16, 16)
 
 
-def build_dataset(folder: Path, samples: int, seed: int = 0, spec: LatentSpec = SPEC) -> Path:
-    """Write a data set of `samples` training samples, 8x8 latents of 4 channels, and return its folder."""
-    draw = np.random.default_rng(seed)
+def build_dataset(
+    folder: Path,
+    samples: int,
+    seed: int = 0,
+    spec: LatentSpec = SPEC,
+    encoder: FrozenTextEncoder | None = None,
+) -> Path:
+    """Write a data set of `samples` training samples, 8x8 latents of 4 channels, and return its folder.
+
+    The latents depend on the seed alone. Text states and tokens are random too, or what `encoder` makes of the captions.
+    """
     records = [{"key": f"k{number:06d}", "captions": [f"caption {number}"]} for number in range(samples)]
     json_bytes = json_length(records)
     tar = shard_path(folder, "00000", ".tar")
     tar.parent.mkdir(parents=True)
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as stream:
-        for record in records:
+        for number, record in enumerate(records):
+            draw = np.random.default_rng((seed, number))
+            arrays = {member.name: _array(draw, member) for member in spec.members(BUCKET)}
+            if encoder is not None:
+                arrays |= _text_arrays(encoder, str(record["captions"][0]), spec)
             for member in spec.members(BUCKET):
-                _add(stream, f"{record['key']}.{member.name}.npy", npy_bytes(_array(draw, member)))
+                _add(stream, f"{record['key']}.{member.name}.npy", npy_bytes(arrays[member.name]))
             _add(stream, f"{record['key']}.json", padded_json(record, json_bytes))
     stride = stride_bytes(spec.members(BUCKET), json_bytes)
     segment = Segment(0, "train", *BUCKET, json_bytes, 0, samples, stride, 0)
@@ -47,10 +60,12 @@ def build_dataset(folder: Path, samples: int, seed: int = 0, spec: LatentSpec = 
     row = {"name": "00000", "samples": samples, "bytes": tar.stat().st_size, "digest": file_digest(tar)}
     write_table(folder / SHARDS_NAME, [row], SHARD_SCHEMA)
     null = {}
+    draw = np.random.default_rng((seed, samples))
+    null_arrays = _text_arrays(encoder, "", spec) if encoder is not None else {}
     for member in spec.text_members(1):
         path = folder / "null" / f"{member.name}.npy"
         path.parent.mkdir(exist_ok=True)
-        np.save(path, _array(draw, member), allow_pickle=False)
+        np.save(path, null_arrays.get(member.name, _array(draw, member)), allow_pickle=False)
         null[member.name] = file_digest(path)
     Manifest(
         spec=spec,
@@ -59,8 +74,8 @@ def build_dataset(folder: Path, samples: int, seed: int = 0, spec: LatentSpec = 
         buckets=[{"height": BUCKET[0], "width": BUCKET[1], "train": samples, "validation": 0}],
         encoder={
             "autoencoder": f"seed {seed}",
-            "text_encoder": "none",
-            "tokenizer": "none",
+            "text_encoder": encoder.digest if encoder else "none",
+            "tokenizer": encoder.tokenizer_digest if encoder else "none",
             "precision": "fp32",
         },
         preprocessing={},
@@ -69,6 +84,14 @@ def build_dataset(folder: Path, samples: int, seed: int = 0, spec: LatentSpec = 
         null=null,
     ).save(folder)
     return folder
+
+
+def _text_arrays(encoder: FrozenTextEncoder, caption: str, spec: LatentSpec) -> dict[str, np.ndarray]:
+    """Return the text members of one caption."""
+    tokens_1L, _ = encoder.tokenize([caption])
+    text_1LD = encoder.encode(tokens_1L).numpy().astype(np.float16)
+    made = {"tokens": tokens_1L.numpy().astype(np.uint16), "text": text_1LD}
+    return {member.name: made[member.name] for member in spec.text_members(1)}
 
 
 def _array(draw: np.random.Generator, member: Member) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The small pure parts of the run; the run itself is in tests/distributed."""
 
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from pipeline.training.facts import changed_settings, versions
 from pipeline.training.step import micro_batch_seed
 from pipeline.training.train import _open_dataset, due
 from tests.distributed.cases import make_config, paths_of
-from tests.distributed.dataset import SPEC, build_dataset
+from tests.distributed.dataset import build_dataset
 
 
 def test_due() -> None:
@@ -59,10 +58,3 @@ def test_a_data_set_that_fits_is_opened_and_one_that_does_not_is_refused(tmp_pat
     dataset.close()
     with pytest.raises(ConfigError, match=r"latents: model\.cross_attention_dim is 16, .*text width is 32"):
         _open_dataset(make_config(tmp_path, "run", model={"cross_attention_dim": 16}), paths)
-
-
-def test_tokens_only_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    build_dataset(tmp_path / "latents", 30, spec=replace(SPEC, text="tokens"))
-    config = make_config(tmp_path, "run", encode={"text": "tokens"})
-    with pytest.raises(ConfigError, match=r"stores tokens only.*encode\.text: embeddings"):
-        _open_dataset(config, paths_of(tmp_path, "run"))
