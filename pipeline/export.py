@@ -48,7 +48,9 @@ def export_pipeline(paths: RunPaths, config: RunConfig, *, weights: Weights = "e
     generator = Generator.load(paths, weights, "cpu")
     trained = generator.trained
     autoencoder, text_encoder = encoder_folders(trained.config, paths)
-    sampler = make_sampler(config.sample.sampler, trained.config.objective)
+    sampler = make_sampler(
+        config.sample.sampler, trained.config.objective, trained.config.model.sample_size**2
+    )
     with publish.whole_folder(paths.export) as folder:
         diffusers_unet(trained.network).save_pretrained(folder / "unet", safe_serialization=True)
         sampler.save_config(folder / "scheduler")

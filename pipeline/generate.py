@@ -10,20 +10,21 @@ Shape letters: B pictures, C latent channels, H W latent sides, L text tokens, D
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.average import made_weights
 from pipeline.config import RunConfig, SampleConfig
 from pipeline.diffusion import draws
-from pipeline.diffusion.guidance import guide
+from pipeline.diffusion.guidance import GuidedNetwork
 from pipeline.diffusion.posterior import unscale_latents
-from pipeline.diffusion.samplers import make_sampler, sampling_timesteps
+from pipeline.diffusion.samplers import Generators, make_sampler, sampling_timesteps, step_back
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.latents.manifest import Manifest
 from pipeline.latents.reader import LatentDataset
@@ -36,7 +37,8 @@ from pipeline.training.checkpoint import load_weights, newest_checkpoint, read_m
 
 logger = logging.getLogger(__name__)
 
-Weights = Literal["ema", "raw"]
+Weights = str
+"""A name of weights: "raw", "ema", what else the checkpoint holds, or what `ldm ema` has made."""
 PICTURES_AT_ONCE = 16
 # Share of the largest null state by which ours may differ from the stored one: fp16 storage, other devices.
 NULL_TOLERANCE = {"fp32": 0.005, "bf16": 0.05}
@@ -62,8 +64,37 @@ class TrainedNetwork:
 
         Raises:
             CheckpointError: when its weights do not fit the model that its own config describes.
+            ConfigError: when it holds no such weights.
         """
-        manifest = read_manifest(checkpoint)
+        state = load_weights(checkpoint, weights, verified=True)
+        return cls._of(checkpoint, read_manifest(checkpoint), state, weights, device)
+
+    @classmethod
+    def each(cls, run: RunPaths, kinds: Sequence[Weights], device: torch.device | str) -> Iterator[Self]:
+        """Yield the run's network under each of `kinds`: what `ldm ema` has made by that name, or else of its newest
+        checkpoint whose every byte is right.
+
+        Raises:
+            CheckpointError: when there is no checkpoint, or weights are damaged or do not fit.
+            ConfigError: when there are no such weights.
+        """
+        checkpoint = newest_checkpoint(run.checkpoints)
+        for weights in kinds:
+            made = run.weights / Path(weights).name
+            if made.name == weights and made.is_dir():
+                yield cls._of(made, *made_weights(made), weights, device)
+            else:
+                yield cls.load(checkpoint, weights, device)
+
+    @classmethod
+    def _of(
+        cls,
+        checkpoint: Path,
+        manifest: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        weights: Weights,
+        device: torch.device | str,
+    ) -> Self:
         config = RunConfig.model_validate_json(json.dumps(manifest["config"]))
         if config.model.addition_embed_type is not None:
             raise ConfigError(
@@ -72,7 +103,7 @@ class TrainedNetwork:
             )
         network = UNet(config.model)
         try:
-            network.load_state_dict(load_weights(checkpoint, weights, verified=True), strict=True)
+            network.load_state_dict(state, strict=True)
         except RuntimeError as error:
             said = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -84,12 +115,8 @@ class TrainedNetwork:
 
     @classmethod
     def newest(cls, run: RunPaths, weights: Weights, device: torch.device | str) -> Self:
-        """Return the network of the run's newest checkpoint whose every byte is right.
-
-        Raises:
-            CheckpointError: when there is none.
-        """
-        return cls.load(newest_checkpoint(run.checkpoints), weights, device)
+        """Return the only network of `each`. Raises what `each` raises."""
+        return next(cls.each(run, [weights], device))
 
 
 class Generator:
@@ -148,50 +175,58 @@ class Generator:
         """Yield the same pictures as `paint`, at most 16 at once, in order."""
         for first in range(0, len(prompts), PICTURES_AT_ONCE):
             part = prompts[first : first + PICTURES_AT_ONCE]
-            noise_BCHW = self.noise(range(first_picture + first, first_picture + first + len(part)), seed)
-            yield pixels_from_images(self.images(part, noise_BCHW, sample))
+            numbers = range(first_picture + first, first_picture + first + len(part))
+            noise_BCHW, generators = self.noise(numbers, seed), self.generators(numbers, seed)
+            yield pixels_from_images(self.images(part, noise_BCHW, sample, generators))
 
     def noise(self, pictures: Sequence[int], seed: int) -> Tensor:
         """Return the noise that each numbered picture begins with, float32 [B, C, H, W]."""
         parts = [draws.normal(seed, k, draws.Purpose.PICTURE, self.latent_shape) for k in pictures]
         return torch.from_numpy(np.stack(parts)).to(self.device)
 
-    def images(self, prompts: Sequence[str], noise_BCHW: Tensor, sample: SampleConfig) -> Tensor:
+    def generators(self, pictures: Sequence[int], seed: int) -> Generators:
+        """Return the generator of each numbered picture, on the CPU, for samplers that add noise on the way."""
+        return [torch.Generator().manual_seed(draws.picture_seed(seed, k)) for k in pictures]
+
+    def images(
+        self, prompts: Sequence[str], noise_BCHW: Tensor, sample: SampleConfig, generators: Generators = ()
+    ) -> Tensor:
         """Return images in [-1, 1], float32 [B, 3, height, width], for prompts and the noise they begin with."""
         tokens_BL, truncated_B = self.text_encoder.tokenize(prompts)
         for prompt, truncated in zip(prompts, truncated_B.tolist(), strict=True):
             if truncated:
                 logger.warning("prompt cut to %d tokens: %.80s", self.text_encoder.max_tokens, prompt)
         text_BLD = self.text_encoder.encode(tokens_BL).to(self.device)
-        latents_BCHW = self.denoise(noise_BCHW, text_BLD, sample)
+        latents_BCHW = self.denoise(noise_BCHW, text_BLD, sample, generators)
         encoder = self.autoencoder
         return encoder.decode(unscale_latents(latents_BCHW, encoder.scaling_factor, encoder.shift_factor))
 
     @torch.no_grad()
-    def denoise(self, noise_BCHW: Tensor, text_BLD: Tensor, sample: SampleConfig) -> Tensor:
+    def denoise(
+        self, noise_BCHW: Tensor, text_BLD: Tensor, sample: SampleConfig, generators: Generators = ()
+    ) -> Tensor:
         """Return scaled latents, float32 [B, C, H, W], sampled under classifier-free guidance.
 
-        Both predictions come from one forward pass on 2B latents. At scale 1 the unconditional half, at scale 0
-        the conditional half has no weight and is not computed.
-
-        Source: Ho & Salimans 2022, algorithm 2.
+        `generators`, one a picture, give the noise that stochastic samplers add.
         """
-        sampler = make_sampler(sample.sampler, self.trained.config.objective)
-        z_BCHW, scale = noise_BCHW, sample.guidance_scale
-        null_text_BLD = self.null_text_1LD.expand_as(text_BLD)
-        if scale in (0.0, 1.0):
-            text = text_BLD if scale == 1.0 else null_text_BLD
-        else:
-            text = torch.cat([null_text_BLD, text_BLD])
-        copies = len(text) // len(z_BCHW)
-        for timestep in sampling_timesteps(sampler, sample.steps):
-            timesteps = timestep.to(self.device).expand(len(text))
-            predicted = self.trained.network(z_BCHW.repeat(copies, 1, 1, 1), timesteps, text)
-            if copies == 2:
-                unconditional, conditional = predicted.chunk(2)
-                predicted = guide(unconditional, conditional, scale)
-            z_BCHW = sampler.step(predicted, timestep, z_BCHW).prev_sample
+        objective = self.trained.config.objective
+        height, width = noise_BCHW.shape[2:]
+        sampler = make_sampler(sample.sampler, objective, height * width)
+        times = sampling_timesteps(sampler, sample.steps)
+        predict = GuidedNetwork(self.trained.network, text_BLD, self._away_from(sample, text_BLD), sample)
+        z_BCHW = noise_BCHW * sampler.init_noise_sigma
+        for time in times:
+            scaled_BCHW = sampler.scale_model_input(z_BCHW, time)
+            predicted_BCHW = predict(scaled_BCHW, time, float(time) / objective.timesteps)
+            z_BCHW = step_back(sampler, predicted_BCHW, time, z_BCHW, generators)
         return z_BCHW
+
+    def _away_from(self, sample: SampleConfig, text_BLD: Tensor) -> Tensor:
+        """Return the text that guidance leads away from, [B, L, D]: the null text or the negative prompt."""
+        if not sample.negative_prompt:
+            return self.null_text_1LD.expand_as(text_BLD)
+        tokens_1L = self.text_encoder.tokenize([sample.negative_prompt])[0]
+        return self.text_encoder.encode(tokens_1L).to(self.device).expand_as(text_BLD)
 
     def refuse_mismatch(self, dataset: Path) -> None:
         """Do nothing if the encoders are those that made the data set that the network was trained on.

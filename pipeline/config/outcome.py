@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.base import Count, Positive, Section
+from pipeline.config.base import Count, Fraction, Name, Positive, Section
 
 
 class EvaluateConfig(Section):
@@ -13,8 +13,11 @@ class EvaluateConfig(Section):
     timesteps: Positive = Field(
         8, description="equidistant timesteps; the mean over them is the validation loss"
     )
-    batch: Positive = Field(64, description="samples at once")
+    batch: Positive = Field(64, description="samples at once; whole batches are dealt to the ranks")
     max_samples: Positive = Field(1024, description="validation samples used")
+    every: Positive | None = Field(
+        None, description="steps between evaluations while training, of raw and EMA; null = none"
+    )
 
 
 class SampleConfig(Section):
@@ -22,13 +25,33 @@ class SampleConfig(Section):
 
     prompts: tuple[str, ...] = Field((), description="empty = captions of the validation split")
     num_prompts: Positive = Field(16, description="how many captions are taken when no prompts are given")
-    sampler: Literal["ddim", "dpm_solver_2m"] = Field(
-        "dpm_solver_2m", description="DPM-Solver++ needs fewest steps"
-    )
+    sampler: Literal[
+        "ddim",
+        "ddpm",
+        "euler",
+        "euler_ancestral",
+        "heun",
+        "dpm_solver_2m",
+        "dpm_solver_sde",
+        "unipc",
+        "flow_euler",
+    ] = Field("dpm_solver_2m", description="DPM-Solver++ needs fewest steps; it runs flows too")
     steps: Positive = Field(25, description="network evaluations a picture")
     guidance_scale: float = Field(5.0, ge=0.0, description="1 = conditional only, 0 = unconditional")
-    weights: Literal["ema", "raw"] = "ema"
+    guidance_rescale: Fraction = Field(
+        0.0, description="share of the contrast that guidance adds which is taken back; about 0.7 if used"
+    )
+    guidance_interval: tuple[Fraction, Fraction] = Field(
+        (0.0, 1.0), description="times t / T between which guidance is on; outside it half the work is saved"
+    )
+    negative_prompt: str = Field("", description="painted away from; empty = the null text")
+    weights: Name = Field(
+        "ema", description="raw, ema, another average of the checkpoint, or one made by `ldm ema`"
+    )
     seed: Count = 0
+    every: Positive | None = Field(
+        None, description="steps between grids while training, painted with `weights`; null = none"
+    )
 
 
 class TrackingConfig(Section):

@@ -3,17 +3,17 @@
 Shape letters: B batch, C channels, H W latent height and width, L text tokens, D text width.
 """
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from pipeline.config import ObjectiveConfig
 from pipeline.diffusion.schedule import Schedule, add_noise, per_sample
-
-Prediction = Literal["epsilon", "v_prediction"]
+from pipeline.diffusion.weighting import Prediction, loss_weight
 
 
 class Network(Protocol):
-    """The denoiser: (z_t [B, C, H, W], timesteps [B], text [B, L, D]) -> prediction [B, C, H, W]."""
+    """The denoiser: (z_t [B, C, H, W], times [B], text [B, L, D]) -> prediction [B, C, H, W]."""
 
     def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
         """Return the prediction for noisy latents."""
@@ -25,10 +25,15 @@ def target(
 ) -> Tensor:
     """Return what the network should predict, [B, C, H, W].
 
-    epsilon: the noise (DDPM eq. 14). v_prediction: v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, app. D).
+    epsilon: the noise (DDPM eq. 14). v_prediction: v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, app. D). x0: the
+    clean latents. flow: eps - x0, the velocity of the straight line (Liu et al. 2022, eq. 1, time from data to noise).
     """
     if prediction == "epsilon":
         return noise_BCHW
+    if prediction == "x0":
+        return x0_BCHW
+    if prediction == "flow":
+        return noise_BCHW - x0_BCHW
     return per_sample(alpha_B, x0_BCHW) * noise_BCHW - per_sample(sigma_B, x0_BCHW) * x0_BCHW
 
 
@@ -39,6 +44,10 @@ def x0_from_prediction(
     alpha, sigma = per_sample(alpha_B, z_BCHW), per_sample(sigma_B, z_BCHW)
     if prediction == "epsilon":
         return (z_BCHW - sigma * predicted_BCHW) / alpha
+    if prediction == "x0":
+        return predicted_BCHW
+    if prediction == "flow":
+        return z_BCHW - sigma * predicted_BCHW
     return alpha * z_BCHW - sigma * predicted_BCHW
 
 
@@ -55,9 +64,24 @@ def denoising_loss(
     timesteps_B: Tensor,
     schedule: Schedule,
     prediction: Prediction,
+    input_noise_BCHW: Tensor | None = None,
 ) -> Tensor:
-    """Return the loss of each sample, float32 [B], for scaled latents `x0_BCHW`. Source: LDM eq. 3."""
+    """Return the squared error of each sample, float32 [B], unweighted, for scaled latents `x0_BCHW`.
+
+    `input_noise_BCHW` is mixed in instead of the noise that the target names: input perturbation (Ning et al.
+    2023, algorithm 1). Source: LDM eq. 3.
+    """
+    schedule = schedule.for_latents(*x0_BCHW.shape[2:])
     alpha_B, sigma_B = schedule.alpha_sigma(timesteps_B)
-    z_BCHW = add_noise(x0_BCHW, noise_BCHW, alpha_B, sigma_B)
-    predicted_BCHW = network(z_BCHW, timesteps_B, text_BLD)
+    mixed_BCHW = noise_BCHW if input_noise_BCHW is None else input_noise_BCHW
+    z_BCHW = add_noise(x0_BCHW, mixed_BCHW, alpha_B, sigma_B)
+    predicted_BCHW = network(z_BCHW, schedule.times[timesteps_B], text_BLD)
     return per_sample_loss(predicted_BCHW, target(prediction, x0_BCHW, noise_BCHW, alpha_B, sigma_B))
+
+
+def training_weight(
+    objective: ObjectiveConfig, schedule: Schedule, timesteps_B: Tensor, height: int, width: int
+) -> Tensor:
+    """Return how much each sample's squared error counts in training, float32 [B], for latents of that size."""
+    alpha_B, sigma_B = schedule.for_latents(height, width).alpha_sigma(timesteps_B)
+    return loss_weight(objective.weighting, objective.prediction, alpha_B, sigma_B, objective.snr_gamma)

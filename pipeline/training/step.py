@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.data.loader import LatentBatch
-from pipeline.diffusion.objective import denoising_loss
+from pipeline.diffusion.objective import denoising_loss, training_weight
 from pipeline.diffusion.posterior import sample_posterior, scale_latents
 from pipeline.diffusion.schedule import Schedule
 from pipeline.latents.spec import LatentSpec
@@ -61,11 +61,13 @@ class TrainStep:
         z_BCHW = sample_posterior(batch.moments, batch.posterior_noise)
         x0_BCHW = scale_latents(z_BCHW, self._spec.scaling_factor, self._spec.shift_factor)
         text_BLD = self.text.states(batch)
-        prediction = self._config.objective.prediction
+        objective = self._config.objective
         loss_B = denoising_loss(
-            self._engine, x0_BCHW, text_BLD, batch.noise, batch.timesteps, self._schedule, prediction
+            self._engine, x0_BCHW, text_BLD, batch.noise, batch.timesteps, self._schedule, objective.prediction
         )
-        return loss_B, batch.weight
+        size = x0_BCHW.shape[2:]
+        weight_B = training_weight(objective, self._schedule, batch.timesteps, *size)
+        return loss_B * weight_B, batch.weight
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
