@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.average import made_weights
-from pipeline.config import RunConfig, SampleConfig
+from pipeline.config import ObjectiveConfig, RunConfig, SampleConfig
 from pipeline.diffusion import draws
 from pipeline.diffusion.guidance import GuidedNetwork
 from pipeline.diffusion.posterior import unscale_latents
@@ -31,6 +31,7 @@ from pipeline.latents.reader import LatentDataset
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.pixels import pixels_from_images
 from pipeline.models.text_encoder import FrozenTextEncoder
+from pipeline.models.text_memory import text_remembered
 from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths
 from pipeline.training.checkpoint import load_weights, newest_checkpoint, read_manifest
@@ -209,17 +210,10 @@ class Generator:
 
         `generators`, one a picture, give the noise that stochastic samplers add.
         """
-        objective = self.trained.config.objective
-        height, width = noise_BCHW.shape[2:]
-        sampler = make_sampler(sample.sampler, objective, height * width)
-        times = sampling_timesteps(sampler, sample.steps)
-        predict = GuidedNetwork(self.trained.network, text_BLD, self._away_from(sample, text_BLD), sample)
-        z_BCHW = noise_BCHW * sampler.init_noise_sigma
-        for time in times:
-            scaled_BCHW = sampler.scale_model_input(z_BCHW, time)
-            predicted_BCHW = predict(scaled_BCHW, time, float(time) / objective.timesteps)
-            z_BCHW = step_back(sampler, predicted_BCHW, time, z_BCHW, generators)
-        return z_BCHW
+        denoiser = self.trained.network
+        network = GuidedNetwork(denoiser, text_BLD, self._away_from(sample, text_BLD), sample)
+        with text_remembered(denoiser):
+            return paint_latents(network, noise_BCHW, self.trained.config.objective, sample, generators)
 
     def _away_from(self, sample: SampleConfig, text_BLD: Tensor) -> Tensor:
         """Return the text that guidance leads away from, [B, L, D]: the null text or the negative prompt."""
@@ -271,6 +265,26 @@ class Generator:
                     f"{dataset}/null/text.npy: differs by {difference:.3g} from the text encoder's empty caption, "
                     f"at most {allowed:.3g} is rounding; encode the data set again"
                 )
+
+
+@torch.no_grad()
+def paint_latents(
+    network: GuidedNetwork,
+    noise_BCHW: Tensor,
+    objective: ObjectiveConfig,
+    sample: SampleConfig,
+    generators: Generators = (),
+) -> Tensor:
+    """Return scaled latents, float32 [B, C, H, W]: the schedule of `objective` run backwards from the noise."""
+    height, width = noise_BCHW.shape[2:]
+    sampler = make_sampler(sample.sampler, objective, height * width)
+    times = sampling_timesteps(sampler, sample.steps)
+    z_BCHW = noise_BCHW * sampler.init_noise_sigma
+    for time in times:
+        scaled_BCHW = sampler.scale_model_input(z_BCHW, time)
+        predicted_BCHW = network(scaled_BCHW, time, float(time) / objective.timesteps)
+        z_BCHW = step_back(sampler, predicted_BCHW, time, z_BCHW, generators)
+    return z_BCHW
 
 
 def default_device() -> torch.device:

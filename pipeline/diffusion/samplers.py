@@ -7,7 +7,7 @@ from the same call, so they cannot differ.
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from diffusers import (
@@ -22,20 +22,10 @@ from diffusers import (
 from torch import Tensor
 
 from pipeline.config import ObjectiveConfig
+from pipeline.config.outcome import SamplerKind, sampler_problem
 from pipeline.diffusion.schedule import flow_shift
 from pipeline.errors import ConfigError
 
-SamplerKind = Literal[
-    "ddim",
-    "ddpm",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "dpm_solver_2m",
-    "dpm_solver_sde",
-    "unipc",
-    "flow_euler",
-]
 KINDS: tuple[SamplerKind, ...] = get_args(SamplerKind)
 PREDICTION_TYPES = {
     "epsilon": "epsilon",
@@ -43,7 +33,6 @@ PREDICTION_TYPES = {
     "x0": "sample",
     "flow": "flow_prediction",
 }
-FLOW_KINDS: tuple[SamplerKind, ...] = ("flow_euler", "dpm_solver_2m", "dpm_solver_sde", "unipc")
 # Latents are not pixels: cutting x0 to [-1, 1], some schedulers' default, would be wrong.
 LATENTS = {"clip_sample": False}
 # StableDiffusionPipeline sets any other offset to 1 by itself.
@@ -123,19 +112,6 @@ def make_sampler(kind: SamplerKind, objective: ObjectiveConfig, latent_pixels: i
         # The first step has to be the one at pure noise: that is what the schedule was changed for.
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return cast(Sampler, build(**settings))
-
-
-def sampler_problem(kind: SamplerKind, objective: ObjectiveConfig) -> str:
-    """Return why `kind` cannot sample `objective`, empty if it can."""
-    if objective.prediction == "flow" and kind not in FLOW_KINDS:
-        return f"{kind} does not run a flow backwards; use one of {', '.join(FLOW_KINDS)}"
-    if objective.prediction != "flow" and kind == "flow_euler":
-        return f"flow_euler needs objective.prediction flow, not {objective.prediction}; use euler"
-    if objective.prediction == "x0" and kind in ("euler_ancestral", "heun"):
-        return f"{kind} is not written for prediction x0; use euler"
-    if objective.zero_terminal_snr and kind == "heun":
-        return "heun does not begin at zero terminal SNR; use ddim, euler or dpm_solver_2m"
-    return ""
 
 
 def sampling_timesteps(sampler: Sampler, steps: int) -> Tensor:

@@ -106,6 +106,8 @@ class Attention(nn.Module):
                 f"unet.attention_head_dim: {heads} heads do not divide {channels} channels; give a divisor"
             )
         self.heads = heads
+        # Set by `models.text_memory` while sampling, where every step attends to the same text.
+        self.memory: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_width, channels, bias=False)
         self.to_v = nn.Linear(context_width, channels, bias=False)
@@ -113,10 +115,17 @@ class Attention(nn.Module):
 
     def forward(self, latent_BNC: Tensor, context_BMD: Tensor) -> Tensor:
         query = self._split_heads(self.to_q(latent_BNC))
-        key = self._split_heads(self.to_k(context_BMD))
-        value = self._split_heads(self.to_v(context_BMD))
+        key, value = self._keys_values(context_BMD)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.to_out[0](attended.transpose(1, 2).flatten(2))
+
+    def _keys_values(self, context_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.memory is None:
+            return self._split_heads(self.to_k(context_BMD)), self._split_heads(self.to_v(context_BMD))
+        if id(context_BMD) not in self.memory:
+            made = self._split_heads(self.to_k(context_BMD)), self._split_heads(self.to_v(context_BMD))
+            self.memory[id(context_BMD)] = (context_BMD, *made)
+        return self.memory[id(context_BMD)][1:]
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
         """[B, tokens, C] -> [B, heads, tokens, C / heads], the layout of `scaled_dot_product_attention`."""

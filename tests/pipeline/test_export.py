@@ -2,23 +2,25 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from pipeline.config import ObjectiveConfig, SampleConfig
-from pipeline.diffusion.samplers import KINDS, SamplerKind, make_sampler, sampler_problem
-from pipeline.errors import DataError
-from pipeline.export import copy_text_encoder, copy_tokenizer, diffusers_unet, export_pipeline
+from pipeline.config.outcome import SamplerKind, sampler_problem
+from pipeline.diffusion.samplers import KINDS, make_sampler
+from pipeline.errors import ConfigError, DataError
+from pipeline.export import Parts, copy_text_encoder, copy_tokenizer, export_pipeline, write_pipeline
 from pipeline.generate import Generator
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.text_encoder import FrozenTextEncoder
 from pipeline.models.unet import UNet
-from tests.builders import TinyRun, tiny_run
+from tests.builders import TinyRun, tiny_autoencoder, tiny_clip, tiny_config, tiny_run
 
 PROMPTS = [
     "a red square",
@@ -197,8 +199,84 @@ def test_a_text_encoder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         copy_tokenizer(tmp_path / "text", tmp_path / "out")
 
 
-def test_a_weight_that_diffusers_does_not_know_is_an_error(run: TinyRun) -> None:
+def test_a_weight_that_diffusers_does_not_know_is_an_error(run: TinyRun, tmp_path: Path) -> None:
     network = UNet(run.config.model)
     network.register_parameter("stranger", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(RuntimeError, match="stranger"):
-        diffusers_unet(network)
+    sampler = make_sampler("ddim", run.config.objective)
+    with pytest.raises(DataError, match=r"unet: stranger \[1\] is not in the model"):
+        write_pipeline(tmp_path, Parts(network, sampler, run.paths.autoencoder, (run.paths.text_encoder,)))
+
+
+SDXL_FIELDS = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2],
+    "use_linear_projection": True,
+    "cross_attention_dim": 64,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 32 + 6 * 8,
+}
+
+
+@pytest.fixture(scope="module")
+def sdxl_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Return random parts: text states of 32 + 32, the pooled text of the second encoder's projection, 32."""
+    root = tmp_path_factory.mktemp("sdxl")
+    tiny_autoencoder(root / "vae")
+    tiny_clip(root / "first", root / "clip")
+    config = tiny_config(root, model=SDXL_FIELDS)
+    torch.manual_seed(5)
+    sampler = make_sampler("euler", config.objective)
+    return Parts(UNet(config.model).eval(), sampler, root / "vae", (root / "first", root / "clip"))
+
+
+def test_sdxl_is_loaded_by_its_own_pipeline_and_paints(sdxl_parts: Parts, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    write_pipeline(folder, sdxl_parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock: Any = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    weights = stock.unet.state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in sdxl_parts.network.state_dict().items())
+    assert stock.config.force_zeros_for_empty_prompt is False, "the null text is the encoders' own"
+    text, _, pooled, _ = stock.encode_prompt(PROMPTS[0], do_classifier_free_guidance=True)
+    assert text.shape == (1, 16, 64) and pooled.shape == (1, 32)
+
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sizes = {"original_size": (40, 30), "crops_coords_top_left": (2, 1), "target_size": (16, 16)}
+    seen = []
+    stock.unet.register_forward_hook(
+        lambda _, inputs, options, out: seen.append((inputs, options, out)), with_kwargs=True
+    )
+    picture = stock(
+        PROMPTS[0], latents=latents, num_inference_steps=2, height=16, width=16, output_type="np", **sizes
+    )
+    assert picture.images.shape == (1, 16, 16, 3) and np.isfinite(picture.images).all()
+    (scaled, timestep), options, predicted = seen[0]
+    added = options["added_cond_kwargs"]
+    assert added["time_ids"][1].tolist() == [40, 30, 2, 1, 16, 16], "the order that training has to use"
+    ours = sdxl_parts.network(
+        scaled, timestep.expand(2), options["encoder_hidden_states"], added["text_embeds"], added["time_ids"]
+    )
+    torch.testing.assert_close(ours, predicted[0], rtol=1e-5, atol=1e-5)
+
+
+def test_sdxl_needs_both_text_encoders_and_the_projection(sdxl_parts: Parts, tmp_path: Path) -> None:
+    first, _ = sdxl_parts.text_encoders
+    for number, (encoders, kind, said) in enumerate(
+        [
+            (
+                (first,),
+                ConfigError,
+                "has 2 text encoders, this run 1; set encode.text_encoder_2 to its second",
+            ),
+            ((first, first), DataError, "has no text_projection.weight"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(kind, match=said):
+            write_pipeline(folder, replace(sdxl_parts, text_encoders=encoders))

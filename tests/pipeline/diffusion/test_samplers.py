@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ObjectiveConfig
+from pipeline.config.outcome import SamplerKind
 from pipeline.diffusion.objective import target
-from pipeline.diffusion.samplers import SamplerKind, make_sampler, sampling_timesteps, step_back
+from pipeline.diffusion.samplers import make_sampler, sampling_timesteps, step_back
 from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import ConfigError
 
