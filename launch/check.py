@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import RunConfig
+from pipeline.config.engine import REFUSALS
 from pipeline.config_file import load_config
 from pipeline.data.shares import micro_batches_per_step
 from pipeline.errors import ConfigError, DataError
 from pipeline.latents.manifest import Manifest, mismatches
 from pipeline.paths import RunPaths, dataset_folder
-from pipeline.training.deepspeed_config import derive_deepspeed_config
+from pipeline.training.deepspeed_config import derive_deepspeed_config, hatch_problems
 
 
 def check_config(path: Path, overrides: Sequence[str] = ()) -> str:
@@ -64,6 +65,7 @@ def combination_problems(config: RunConfig) -> list[str]:
         lines.append(
             "model.addition_embed_type: 'text_time' (SDXL) is built, but this version does not train it; use null"
         )
+    lines += hatch_problems(config.engine.deepspeed)
     if config.first_stage:
         lines += _first_stage_problems(config)
     return lines
@@ -132,4 +134,5 @@ def _facts(config: RunConfig, paths: RunPaths) -> list[str]:
         f"  a step         {engine.global_batch} samples = {split}",
         f"  the training   {config.train.steps} steps = {config.train.steps * engine.global_batch} samples",
         f"  deepspeed      {derived}",
+        *(f"  never          {refusal}" for refusal in REFUSALS),
     ]

@@ -103,10 +103,11 @@ LAUNCHERS = (TORCHRUN, EXPLICIT, OPENMPI, SLURM)
 SINGLE = Launcher("single", (), COMMON, "unset MASTER_ADDR and MASTER_PORT")
 
 
-def place(environment: Mapping[str, str]) -> Placement:
+def place(environment: Mapping[str, str], *, meets: bool = True) -> Placement:
     """Return this process's place in the world, as the first launcher of the table that left its mark tells it.
 
-    Without a mark it is a world of one process.
+    Without a mark it is a world of one process. Processes that never talk to each other, as those of `encode`, do
+    not meet (`meets=False`): their address is empty, their port 0, and neither has to be known.
 
     Raises:
         ConfigError: with a line for each variable that is missing, no number or out of range.
@@ -124,6 +125,10 @@ def place(environment: Mapping[str, str]) -> Placement:
         raise ConfigError(problems)
     rank, world_size, local_rank, local_world_size = (int(text or 0) for text in texts.values())
     problems += _range_problems(launcher, rank, world_size, local_rank, local_world_size)
+    if not meets:
+        if problems:
+            raise ConfigError(problems)
+        return Placement(rank, world_size, local_rank, local_world_size, "", 0, launcher.name)
     several_nodes = local_world_size < world_size
     address, address_problems = _master_address(launcher, environment, several_nodes)
     port, port_problems = _master_port(launcher, environment, world_size)

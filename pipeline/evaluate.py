@@ -6,18 +6,19 @@ fixing the timesteps, and takes the posterior's mean, which has no noise of its 
 """
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline import publish
-from pipeline.config import RunConfig
+from pipeline.config import ObjectiveConfig, RunConfig
 from pipeline.diffusion import draws
-from pipeline.diffusion.objective import denoising_loss
+from pipeline.diffusion.objective import Network, denoising_loss
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import DataError, DivergedError
@@ -35,14 +36,15 @@ from pipeline.models.text_encoder import FrozenTextEncoder
 from pipeline.paths import RunPaths
 from pipeline.progress import Progress, progress_bar
 from pipeline.tracking import open_records
+from pipeline.training.turns import ALONE, Share
 
 # One for all runs: their validation losses can be compared.
 NOISE_SEED = 0
 KINDS: tuple[Weights, ...] = ("raw", "ema")
 
 
-def evaluate_run(paths: RunPaths, config: RunConfig) -> dict[str, Any]:
-    """Return the validation losses of the newest checkpoint, raw and EMA, and write them to `paths.evaluation`.
+def evaluate_run(paths: RunPaths, config: RunConfig, kinds: Sequence[Weights] = KINDS) -> dict[str, Any]:
+    """Return the validation losses of the newest checkpoint under each of `kinds`, and write them to `paths.evaluation`.
 
     `config` decides how many samples and timesteps; the model, the objective and the data are the checkpoint's.
 
@@ -52,9 +54,10 @@ def evaluate_run(paths: RunPaths, config: RunConfig) -> dict[str, Any]:
         DataError: when the validation split is empty or the data is not what the checkpoint was trained on.
     """
     device = default_device()
-    trained = TrainedNetwork.newest(paths, "raw", device)
+    networks = TrainedNetwork.each(paths, kinds, device)
+    trained = next(networks)
     dataset = _validation_split(trained, paths)
-    text_encoder = _text_encoder(trained, dataset, paths, device)
+    text_encoder = validation_text_encoder(trained.config, dataset, paths, device)
     timesteps = evaluation_timesteps(config.evaluate.timesteps, trained.config.objective.timesteps)
     samples = min(len(dataset), config.evaluate.max_samples)
     result: dict[str, Any] = {
@@ -66,17 +69,15 @@ def evaluate_run(paths: RunPaths, config: RunConfig) -> dict[str, Any]:
         "prediction": trained.config.objective.prediction,
         "timesteps": timesteps,
     }
-    for weights in KINDS:
-        if weights != trained.weights:
-            trained = TrainedNetwork.load(trained.checkpoint, weights, device)
-        with progress_bar(samples * len(timesteps), f"evaluate {weights}", unit="loss") as progress:
-            evaluator = Evaluator(trained, dataset, text_encoder)
+    for network in itertools.chain((trained,), networks):
+        with progress_bar(samples * len(timesteps), f"evaluate {network.weights}", unit="loss") as progress:
+            evaluator = Evaluator.of(network, dataset, text_encoder)
             losses_NT = evaluator.losses(samples, timesteps, config.evaluate.batch, progress)
-        _refuse_non_finite(losses_NT, trained)
-        result[weights] = summary(losses_NT)
+        _refuse_non_finite(losses_NT, network)
+        result[network.weights] = summary(losses_NT)
     dataset.close()
     publish.write_json(paths.evaluation, result)
-    _record(result, paths, config)
+    _record(result, kinds, paths, config)
     return result
 
 
@@ -84,19 +85,40 @@ class Evaluator:
     """Asks one network for its loss on fixed samples at fixed timesteps with fixed noise."""
 
     def __init__(
-        self, trained: TrainedNetwork, dataset: LatentDataset, text_encoder: FrozenTextEncoder | None
+        self,
+        network: Network,
+        objective: ObjectiveConfig,
+        device: torch.device,
+        dataset: LatentDataset,
+        text_encoder: FrozenTextEncoder | None,
     ) -> None:
         """`text_encoder` is needed only for a data set that stores tokens."""
-        self._network, self._prediction = trained.network, trained.config.objective.prediction
-        self._device = next(trained.network.parameters()).device
-        self._schedule = Schedule.from_config(trained.config.objective, self._device)
+        self._network, self._prediction, self._device = network, objective.prediction, device
+        self._schedule = Schedule.from_config(objective, device)
         self._dataset, self._text_encoder = dataset, text_encoder
 
+    @classmethod
+    def of(
+        cls, trained: TrainedNetwork, dataset: LatentDataset, text_encoder: FrozenTextEncoder | None
+    ) -> Self:
+        """Return the evaluator of a trained network, on the device that it lies on."""
+        device = next(trained.network.parameters()).device
+        return cls(trained.network, trained.config.objective, device, dataset, text_encoder)
+
     @torch.no_grad()
-    def losses(self, samples: int, timesteps: list[int], batch: int, progress: Progress) -> np.ndarray:
-        """Return the loss of each of the first `samples` samples at each timestep, float64 [N, T]."""
-        losses_NT = np.full((samples, len(timesteps)), np.nan)
-        for indices, part in self._batches(samples, batch):
+    def losses(
+        self, samples: int, timesteps: list[int], batch: int, progress: Progress, *, share: Share = ALONE
+    ) -> np.ndarray:
+        """Return the loss of each of the first `samples` samples at each timestep, float64 [N, T].
+
+        Whole batches are dealt to the ranks, so that a sample's loss is the same bits at any world size; what other
+        ranks measure is 0 here. Every rank makes equally many forward passes: at ZeRO stage 3 each is a collective.
+        """
+        losses_NT = np.zeros((samples, len(timesteps)))
+        batches = self._batches(samples, batch)
+        for number, filler in share.of(len(batches)):
+            indices = batches[number]
+            part = [self._dataset.read(index) for index in indices]
             x0_BCHW, text_BLD = self._inputs(part)
             for column, timestep in enumerate(timesteps):
                 noise = [validation_noise(sample.key, timestep, x0_BCHW.shape[1:]) for sample in part]
@@ -109,24 +131,22 @@ class Evaluator:
                     self._schedule,
                     self._prediction,
                 )
-                losses_NT[indices, column] = loss_B.double().cpu().numpy()
-                progress.advance(len(part))
+                if not filler:
+                    losses_NT[indices, column] = loss_B.double().cpu().numpy()
+                    progress.advance(len(part))
         return losses_NT
 
-    def _batches(self, samples: int, batch: int) -> Iterator[tuple[list[int], list[LatentSample]]]:
-        """Yield up to `batch` samples of one latent shape with their indices; the split is ordered by bucket."""
-        indices: list[int] = []
-        part: list[LatentSample] = []
+    def _batches(self, samples: int, batch: int) -> list[list[int]]:
+        """Return the indices of up to `batch` neighbours of one latent shape; the split is ordered by bucket."""
+        batches: list[list[int]] = []
+        bucket: tuple[int, int] | None = None
         for index in range(samples):
-            sample = self._dataset.read(index)
-            other = part and part[0].arrays["latent"].shape != sample.arrays["latent"].shape
-            if other or len(part) == batch:
-                yield indices, part
-                indices, part = [], []
-            indices.append(index)
-            part.append(sample)
-        if part:
-            yield indices, part
+            found = self._dataset.table.place(index).bucket
+            if found != bucket or len(batches[-1]) == batch:
+                batches.append([])
+            batches[-1].append(index)
+            bucket = found
+        return batches
 
     def _inputs(self, part: list[LatentSample]) -> tuple[Tensor, Tensor]:
         """Return scaled posterior means [B, C, H, W] and the states of each first caption [B, L, D], float32."""
@@ -165,6 +185,13 @@ def summary(losses_NT: np.ndarray) -> dict[str, Any]:
     }
 
 
+def loss_values(weights: str, timesteps: list[int], summed: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is recorded of one `summary`: `val_loss_raw`, and `val_loss_raw/t0500` for each timestep."""
+    name = f"val_loss_{weights}"
+    by_timestep = zip(timesteps, summed["loss_by_timestep"], strict=True)
+    return {name: summed["loss"]} | {f"{name}/t{timestep:04d}": loss for timestep, loss in by_timestep}
+
+
 def _validation_split(trained: TrainedNetwork, paths: RunPaths) -> LatentDataset:
     folder = dataset_folder(trained.config, paths)
     dataset = LatentDataset(folder, "validation")
@@ -176,13 +203,18 @@ def _validation_split(trained: TrainedNetwork, paths: RunPaths) -> LatentDataset
     return dataset
 
 
-def _text_encoder(
-    trained: TrainedNetwork, dataset: LatentDataset, paths: RunPaths, device: torch.device
+def validation_text_encoder(
+    config: RunConfig, dataset: LatentDataset, paths: RunPaths, device: torch.device
 ) -> FrozenTextEncoder | None:
+    """Return the text encoder that the data set's tokens need, None for one that stores embeddings.
+
+    Raises:
+        DataError: it is not the one that the data set was made with.
+    """
     if dataset.spec.text == "embeddings":
         return None
-    folder = encoder_folders(trained.config, paths)[1]
-    encoder = FrozenTextEncoder.load(folder, device, trained.config.encode.precision)
+    folder = encoder_folders(config, paths)[1]
+    encoder = FrozenTextEncoder.load(folder, device, config.encode.precision)
     refuse_differences(
         dataset.folder, {"encoder.text_encoder": (dataset.manifest.encoder["text_encoder"], encoder.digest)}
     )
@@ -198,10 +230,9 @@ def _refuse_non_finite(losses_NT: np.ndarray, trained: TrainedNetwork) -> None:
         )
 
 
-def _record(result: dict[str, Any], paths: RunPaths, config: RunConfig) -> None:
-    values = {f"validation_loss_{weights}": result[weights]["loss"] for weights in KINDS}
-    for weights in KINDS:
-        for timestep, loss in zip(result["timesteps"], result[weights]["loss_by_timestep"], strict=True):
-            values[f"validation_loss_{weights}/t{timestep:04d}"] = loss
+def _record(result: dict[str, Any], kinds: Sequence[Weights], paths: RunPaths, config: RunConfig) -> None:
+    values: dict[str, float] = {}
+    for weights in kinds:
+        values |= loss_values(weights, result["timesteps"], result[weights])
     with open_records(paths, config, kind="evaluate", attempt="evaluate") as records:
         records.log(result["step"], values, samples=result["samples"])

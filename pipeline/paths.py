@@ -38,14 +38,52 @@ class RunPaths:
         return self.root / "log"
 
     @property
+    def heartbeats(self) -> Path:
+        """Folder of the ranks' signs of life."""
+        return self.root / "heartbeat"
+
+    def heartbeat(self, rank: int) -> Path:
+        """The last sign of life of one rank."""
+        return self.heartbeats / f"rank-{rank:05d}.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Where one rank writes the stacks of its threads, when asked (USR1) or when a step lasts too long."""
+        return self.log / f"stacks-rank-{rank:05d}.txt"
+
+    @property
+    def health(self) -> Path:
+        """One JSON line for each skipped step, spike and way back, with the keys of all its samples."""
+        return self.root / "health.jsonl"
+
+    @property
+    def diagnosis(self) -> Path:
+        """Folder of what a run that diverged leaves behind, `step-XXXXXXXX/`."""
+        return self.root / "diagnosis"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the training checkpoints `step-XXXXXXXX/`."""
         return self.root / "checkpoints"
 
     @property
+    def frozen(self) -> Path:
+        """The weights that `train.freeze` keeps from changing, written once: checkpoints hold the others."""
+        return self.root / "frozen.safetensors"
+
+    @property
     def samples(self) -> Path:
         """Folder of the painted grids."""
         return self.root / "samples"
+
+    @property
+    def averages(self) -> Path:
+        """Folder of the snapshots `step-XXXXXXXX/` that `ldm ema` makes averages of; never thinned out."""
+        return self.root / "averages"
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the averages that `ldm ema` has made; the name of each is a choice for `--weights`."""
+        return self.root / "weights"
 
     @property
     def evaluation(self) -> Path:
@@ -76,6 +114,11 @@ class RunPaths:
     def export(self) -> Path:
         """The diffusers pipeline made by `ldm export`."""
         return self.root / "pipeline"
+
+    @property
+    def deepspeed(self) -> Path:
+        """The checkpoint in DeepSpeed's own format made by `ldm export --deepspeed`."""
+        return self.root / "deepspeed"
 
     @property
     def jobs(self) -> Path:

@@ -104,9 +104,13 @@ def write_bytes(path: Path, payload: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys to `path`, whole or not at all."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    """Write `value` as `json_text` to `path`, whole or not at all."""
+    write_bytes(path, json_text(value).encode())
+
+
+def json_text(value: Any) -> str:
+    """Return `value` as indented JSON with sorted keys and a newline at the end."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def remove_temporaries(folder: Path) -> int:

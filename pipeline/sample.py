@@ -43,33 +43,39 @@ def sample_grid(paths: RunPaths, config: RunConfig) -> Path:
     """
     sample = config.sample
     generator = Generator.load(paths, sample.weights)
-    prompts = chosen_prompts(generator, paths, config)
+    prompts = chosen_prompts(dataset_folder(generator.trained.config, paths), config)
     pictures = []
     with progress_bar(len(prompts), "sample", unit="picture") as progress:
         for part in generator.paint_in_parts(prompts, seed=sample.seed, sample=sample):
             pictures.append(part)
             progress.advance(len(part))
-    painted = np.concatenate(pictures)
-    grid = paths.samples / f"step-{generator.trained.step:08d}.png"
-    _write_pictures(grid.with_suffix(""), painted)
-    publish.write_json(grid.with_suffix(".json"), grid_record(generator, config, prompts))
-    with publish.whole_file(grid) as beside:
-        draw_grid(painted, prompts).save(beside, format="PNG")
+    grid = publish_grid(
+        paths, generator.trained.step, np.concatenate(pictures), grid_record(generator, config, prompts)
+    )
     with open_records(paths, config, kind="sample", attempt="sample") as records:
         records.log(generator.trained.step, {"pictures": len(prompts)}, samples=generator.trained.samples)
         records.image(grid, generator.trained.step, "grid")
     return grid
 
 
-def chosen_prompts(generator: Generator, paths: RunPaths, config: RunConfig) -> list[str]:
-    """Return the config's prompts, or else captions from all over the validation split.
+def publish_grid(paths: RunPaths, step: int, pictures_NHWC: np.ndarray, record: dict[str, Any]) -> Path:
+    """Write the single pictures, the record and last the grid of `record["prompts"]`; return the grid."""
+    grid = paths.samples / f"step-{step:08d}.png"
+    _write_pictures(grid.with_suffix(""), pictures_NHWC)
+    publish.write_json(grid.with_suffix(".json"), record)
+    with publish.whole_file(grid) as beside:
+        draw_grid(pictures_NHWC, record["prompts"]).save(beside, format="PNG")
+    return grid
+
+
+def chosen_prompts(folder: Path, config: RunConfig) -> list[str]:
+    """Return the config's prompts, or else captions from all over the validation split of the data set in `folder`.
 
     Raises:
         ConfigError: when there are neither.
     """
     if config.sample.prompts:
         return list(config.sample.prompts)
-    folder = dataset_folder(generator.trained.config, paths)
     captions: list[str] = []
     if folder.exists():
         dataset = LatentDataset(folder, "validation")

@@ -66,7 +66,7 @@ class Records:
         self, path: Path, *, kind: str, attempt: str, resumed_step: int = 0, sender: Sender | None = None
     ) -> None:
         self._kind, self._attempt, self._resumed_step = kind, attempt, resumed_step
-        self._sender = sender
+        self._sender, self._rewinds = sender, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         _end_torn_line(self._descriptor)
@@ -90,6 +90,12 @@ class Records:
         os.write(self._descriptor, (json.dumps(record, allow_nan=False) + "\n").encode())
         if self._sender:
             self._sender.wake()
+
+    def rewind(self, step: int) -> None:
+        """Let the records that follow replace those after `step`, as a new attempt's would: the run has gone back."""
+        self._rewinds += 1
+        self._attempt = f"{self._attempt.partition('+')[0]}+{self._rewinds}"
+        self._resumed_step = step
 
     def image(self, path: Path, step: int, name: str) -> None:
         """Keep the picture as `samples/NAME/FILE` on the tracking server, in a folder of its step if FILE has none."""
@@ -128,6 +134,9 @@ class NoRecords(Records):
         self._descriptor = None
 
     def log(self, step: int, values: Mapping[str, float], *, samples: int | None = None) -> None:
+        """Do nothing: rank 0 writes."""
+
+    def rewind(self, step: int) -> None:
         """Do nothing: rank 0 writes."""
 
     def artifact(self, path: Path, folder: str) -> None:

@@ -54,13 +54,14 @@ def remove_dead_temporaries(dataset: Path) -> int:
     return removed
 
 
-def publish_same(finished: Path, path: Path) -> None:
+def publish_same(finished: Path, path: Path, digest: str) -> None:
     """Give the finished file the name `path`, or make sure that the file of that name holds the same bytes.
+
+    `digest` is the finished file's sha256.
 
     Raises:
         DataError: when another file has the name. It was not committed by a marker, so nothing is lost with it.
     """
-    digest = file_digest(finished)
     if publish_first(finished, path):
         return
     found = file_digest(path)

@@ -25,6 +25,13 @@ class EncodedBatch:
     """For each sample the reason to reject it (nonfinite_latent, nonfinite_text), or None."""
     truncated: np.ndarray
     """bool [B]: a caption was longer than the text encoder reads."""
+    retried: np.ndarray
+    """bool [B]: not finite in half precision, so computed again in fp32."""
+
+    def remarks(self, place: int) -> tuple[str, ...]:
+        """Return what is worth counting about the sample at `place` although it is written."""
+        facts = {"truncated_caption": self.truncated[place], "fp32_retry": self.retried[place]}
+        return tuple(name for name, found in facts.items() if found)
 
 
 class Encoder(Protocol):
@@ -41,6 +48,9 @@ class Encoder(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """Return digests of the weights and versions of the libraries: plain JSON data."""
 
+    def release_memory(self) -> None:
+        """Give back what is cached: called between two attempts at a batch for which memory ran out."""
+
     def encode(self, images_BHWC: np.ndarray, captions: Sequence[tuple[str, ...]]) -> EncodedBatch:
         """Return the stored arrays of uint8 [B,S,S,3] pictures with at least one caption each."""
 
@@ -50,8 +60,17 @@ def fill_captions(captions: Sequence[str], count: int) -> list[str]:
     return [captions[place % len(captions)] for place in range(count)]
 
 
+@dataclass(frozen=True)
+class EncodedText:
+    """The text side of a batch: states are None where only tokens are stored."""
+
+    tokens_BNL: np.ndarray
+    states_BNLD: np.ndarray | None = None
+    pooled_BNP: np.ndarray | None = None
+
+
 def stored_arrays(
-    spec: LatentSpec, moments_B2CHW: np.ndarray, text_BNLD: np.ndarray | None, tokens_BNL: np.ndarray
+    spec: LatentSpec, moments_B2CHW: np.ndarray, text: EncodedText
 ) -> tuple[dict[str, np.ndarray], tuple[str | None, ...]]:
     """Return the members as they are stored (fp16, uint16), and for each sample a problem or None.
 
@@ -65,10 +84,11 @@ def stored_arrays(
     bad_latent |= ~_finite(latent)
     arrays = {"latent": latent}
     bad_text = np.zeros(len(latent), bool)
-    if text_BNLD is not None:
-        arrays["text"] = _half(text_BNLD)
-        bad_text = ~_finite(arrays["text"])
-    arrays["tokens"] = stored_tokens(tokens_BNL)
+    for name, states in (("text", text.states_BNLD), ("pooled", text.pooled_BNP)):
+        if states is not None:
+            arrays[name] = _half(states)
+            bad_text |= ~_finite(arrays[name])
+    arrays["tokens"] = stored_tokens(text.tokens_BNL)
     problems = tuple(
         "nonfinite_latent" if latent_is_bad else "nonfinite_text" if text_is_bad else None
         for latent_is_bad, text_is_bad in zip(bad_latent, bad_text, strict=True)

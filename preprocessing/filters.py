@@ -1,25 +1,18 @@
-"""Which samples are used: captions are cleaned, and each sample that is not kept gets the name of its reason.
+"""Which samples are used: the settings of a data set, and conditions on sizes and columns with a name each."""
 
-A missing or empty caption rejects the sample (`no_caption`, `empty_caption`): what share of the training is
-unconditional is decided at training time by caption dropout, not by gaps in the data.
-"""
-
-import html
-import json
-import unicodedata
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
 
 from pipeline.config import EncodeConfig
-from preprocessing.sources import RawSample
-
-MAX_CAPTION_CHARACTERS = 2000
-"""Beyond what any text encoder reads (77 tokens are about 400); a longer one would pad the whole segment's json."""
+from pipeline.config.encode import FilterRule
+from pipeline.errors import DataError
+from preprocessing.buckets import Bucket, generated_buckets
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """The sample is not usable, for a reason that has a name."""
+    """The sample is not usable, for a reason that has a name (see `reasons`, or a filter's own)."""
 
     reason: str
 
@@ -41,62 +34,60 @@ class Rules:
     max_aspect: float
     max_pixels: int
     max_captions: int
+    buckets: tuple[Bucket, ...] = ()
+    """(height, width) in pixels; none = one square of `image_size`."""
+    bucket_tolerance: float = 0.2
+    bucket_overflow: Literal["reject", "crop"] = "reject"
+    draft: bool = True
+    caption_columns: tuple[str, ...] = ("caption", "text")
+    empty_caption: Literal["reject", "unconditional"] = "reject"
+    filters: tuple[FilterRule, ...] = ()
 
     @classmethod
-    def from_config(cls, encode: EncodeConfig) -> "Rules":
-        """Return the rules of the `encode` section."""
-        return cls(
-            encode.image_size,
-            encode.background,
-            encode.min_side,
-            encode.max_aspect,
-            encode.max_pixels,
-            encode.max_captions,
-        )
+    def from_config(cls, encode: EncodeConfig) -> Self:
+        """Return the rules of the `encode` section.
+
+        Raises:
+            ConfigError: when no bucket fits.
+        """
+        names = set(cls.__dataclass_fields__) - {"buckets"}
+        buckets = encode.buckets or ()
+        if encode.bucket_step is not None:
+            buckets = generated_buckets(encode.image_size, encode.bucket_step, encode.max_aspect)
+        return cls(buckets=tuple(sorted(buckets)), **{name: getattr(encode, name) for name in names})
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Rules":
-        """Return the rules stored in a fingerprint or manifest; other entries there are left alone."""
-        chosen = {name: data[name] for name in cls.__dataclass_fields__}
-        return cls(**{**chosen, "background": tuple(chosen["background"])})
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the rules stored in a fingerprint or manifest; other entries there are left alone.
+
+        Settings that did not exist when the data set was made have their defaults.
+        """
+        chosen = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        tuples = {name: tuple(chosen[name]) for name in ("background", "caption_columns") if name in chosen}
+        buckets = tuple((height, width) for height, width in chosen.get("buckets", ()))
+        filters = tuple(FilterRule.model_validate(_as_tuples(rule)) for rule in chosen.get("filters", ()))
+        return cls(**{**chosen, **tuples, "buckets": buckets, "filters": filters})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {**asdict(self), "background": list(self.background)}
+        plain = asdict(replace(self, filters=()))
+        filters = [rule.model_dump(mode="json") for rule in self.filters]
+        lists = {"background": list(self.background), "caption_columns": list(self.caption_columns)}
+        return {**plain, **lists, "buckets": [list(bucket) for bucket in self.buckets], "filters": filters}
+
+    def shapes(self) -> tuple[Bucket, ...]:
+        """Return every (height, width) that a prepared picture can have."""
+        return self.buckets or ((self.image_size, self.image_size),)
+
+    def squares_only(self) -> Self:
+        """Return the same rules with one square instead of buckets, as the first stage wants it."""
+        return replace(self, buckets=())
 
 
-@dataclass(frozen=True)
-class Captions:
-    """The captions that are kept, at least one, and remarks that are counted."""
-
-    kept: tuple[str, ...]
-    remarks: tuple[str, ...]
-
-
-def captions_of(raw: RawSample, max_captions: int) -> Captions | Rejection:
-    """Return the sample's captions: its `.txt`, or else the `caption` (text or list of texts) of its `.json`.
-
-    Entities are unescaped once, text is NFC, runs of white space and control characters are one space.
-    """
-    found = _stored_captions(raw)
-    if isinstance(found, Rejection):
-        return found
-    if not all(_is_storable(text) for text in found):
-        return Rejection("encoding")
-    cleaned = list(dict.fromkeys(text for text in map(clean_caption, found) if text))
-    if not cleaned:
-        return Rejection("empty_caption")
-    cut = [text[:MAX_CAPTION_CHARACTERS].rstrip() for text in cleaned[:max_captions]]
-    remarks = ["surplus_captions"] * (len(cleaned) > max_captions)
-    remarks += ["cut_caption"] * (cut != cleaned[:max_captions])
-    return Captions(tuple(cut), tuple(remarks))
-
-
-def clean_caption(text: str) -> str:
-    """Return the caption as it is stored and tokenized; "" if nothing is left."""
-    text = unicodedata.normalize("NFC", html.unescape(text))
-    blanked = "".join(" " if unicodedata.category(character) == "Cc" else character for character in text)
-    return " ".join(blanked.split())
+def _as_tuples(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored filter with the tuple that JSON has no word for."""
+    one_of = rule.get("one_of")
+    return {**rule, "one_of": None if one_of is None else tuple(one_of)}
 
 
 def size_problem(height: int, width: int, rules: Rules) -> str | None:
@@ -110,33 +101,60 @@ def size_problem(height: int, width: int, rules: Rules) -> str | None:
     return None
 
 
-def _is_storable(text: str) -> bool:
-    """Return whether the text has neither NUL (binary data) nor half a surrogate pair (no UTF-8 for it)."""
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+def column_problem(columns: Mapping[str, Any], filters: tuple[FilterRule, ...], where: str) -> str | None:
+    """Return the reason of the first filter that the sample's columns break, or None.
+
+    Raises:
+        DataError: where a column is absent and its filter says that this is an error; `where` names the sample.
+    """
+    for rule in filters:
+        value = columns.get(rule.column)
+        if value is None:
+            if rule.absent == "error":
+                raise DataError(
+                    f"{where}: no column {rule.column!r} among {sorted(columns)[:20]}; mend encode.filters, or set its "
+                    "`absent` to reject or keep"
+                )
+            if rule.absent == "reject":
+                return "absent_column"
+            continue
+        broken = _broken(value, rule)
+        if broken is not None:
+            return broken
+    return None
 
 
-def _stored_captions(raw: RawSample) -> list[str] | Rejection:
-    stored = raw.text if raw.text is not None else raw.json
-    if stored is None:
-        return Rejection("no_caption")
+def _broken(value: Any, rule: FilterRule) -> str | None:
+    if rule.min is not None or rule.max is not None:
+        number = _number(value)
+        if number is None:
+            return "column_type"
+        # Written so that NaN breaks every bound.
+        if rule.min is not None and not number >= rule.min:
+            return rule.reason
+        if rule.max is not None and not number <= rule.max:
+            return rule.reason
+    if rule.equals is not None and not _same(value, rule.equals):
+        return rule.reason
+    if rule.one_of is not None and not any(_same(value, allowed) for allowed in rule.one_of):
+        return rule.reason
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, also from the text of a CSV cell; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
     try:
-        text = stored.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return Rejection("encoding")
-    return [text] if raw.text is not None else _json_captions(text)
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
-def _json_captions(text: str) -> list[str] | Rejection:
-    try:
-        described = json.loads(text)
-    except (ValueError, RecursionError):
-        return Rejection("bad_json")
-    if not isinstance(described, dict):
-        return Rejection("bad_json")
-    caption = described.get("caption")
-    if caption is None:
-        return Rejection("no_caption")
-    captions = caption if isinstance(caption, list) else [caption]
-    if not all(isinstance(entry, str) for entry in captions):
-        return Rejection("caption_type")
-    return captions
+def _same(value: Any, allowed: str | int | float | bool) -> bool:
+    """Return whether they are equal, a CSV cell's text counting as the number it spells; True is not 1."""
+    if isinstance(value, bool) or isinstance(allowed, bool):
+        return value is allowed
+    if isinstance(allowed, str) or not isinstance(value, str):
+        return bool(value == allowed)
+    return _number(value) == allowed

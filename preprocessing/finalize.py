@@ -28,13 +28,14 @@ from pipeline.latents.shard import (
     shard_path,
 )
 from pipeline.latents.spec import LatentSpec
-from pipeline.models.text_encoder import FrozenTextEncoder
+from pipeline.models.text_pair import load_text_encoder
 from pipeline.paths import RunPaths, text_encoder_folder
 from pipeline.publish import file_digest, whole_file, write_bytes
 from preprocessing.claims import remove_dead_temporaries
 from preprocessing.encoded import stored_tokens
 from preprocessing.encoder import TextEncoder
 from preprocessing.filters import Rules
+from preprocessing.leases import remove_leases
 from preprocessing.roster import check_failures, validation_shares
 from preprocessing.sources import InputShard, list_shards
 
@@ -44,7 +45,7 @@ FP16_FRACTION_BITS = 10
 
 
 def finalize_dataset(
-    config: RunConfig, out: Path, source: Path, *, text_encoder: TextEncoder | None = None
+    config: RunConfig, out: Path, source: Path | str, *, text_encoder: TextEncoder | None = None
 ) -> Manifest:
     """Write tables, null text and manifest of the data set in `out`, made from `source`; return the manifest.
 
@@ -54,7 +55,7 @@ def finalize_dataset(
         DataError: when a shard is missing or foreign, counts do not add up, shards were made with different
             settings or others than the config's, or the text encoder is not the one that was used.
     """
-    shards = list_shards(source)
+    shards = list_shards(source, config.encode)
     records = _records(out, shards)
     _check_files(out, records)
     common = _common_fingerprint(out, records, shards, config.encode)
@@ -62,7 +63,7 @@ def finalize_dataset(
     spec = LatentSpec.from_dict(common["spec"], str(out))
     if text_encoder is None:
         folder = text_encoder_folder(config, RunPaths(Path(config.runs) / config.name))
-        text_encoder = FrozenTextEncoder.load(folder, precision=config.encode.precision)
+        text_encoder = load_text_encoder(config.encode, folder)
     _check_text_encoder(text_encoder, common["encoder"])
     segments = [
         dataclasses.replace(segment, shard=number)
@@ -77,6 +78,7 @@ def finalize_dataset(
             f"rejected {counts.rejected}, failed {counts.failed}"
         )
     remove_dead_temporaries(out)
+    remove_leases(out)
     manifest = Manifest(
         spec=spec,
         counts=counts,
@@ -182,12 +184,14 @@ def _write_null(out: Path, spec: LatentSpec, text_encoder: TextEncoder) -> dict[
     """Write the members of the empty caption, so that caption dropout needs no encoder; return their digests."""
     tokens, _ = text_encoder.tokenize([""])
     arrays = {"tokens": stored_tokens(tokens.cpu().numpy())}
-    if spec.text == "embeddings":
-        arrays["text"] = text_encoder.encode(tokens).float().cpu().numpy().astype(np.float16)
-        if not np.isfinite(arrays["text"]).all():
-            raise DataError(
-                "encode.text_encoder: the text states of the empty caption are not finite in fp16"
-            )
+    states, pooled = text_encoder.encode_pooled(tokens)
+    for name, found in (("text", states if spec.text == "embeddings" else None), ("pooled", pooled)):
+        if found is not None:
+            arrays[name] = found.float().cpu().numpy().astype(np.float16)
+            if not np.isfinite(arrays[name]).all():
+                raise DataError(
+                    f"encode.text_encoder: {name} of the empty caption is not finite in fp16; set encode.precision: fp32"
+                )
     digests = {}
     for member in spec.text_members(1):
         array = arrays[member.name]

@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -69,7 +68,7 @@ def prepared_pairs(encode: EncodeConfig) -> PreparedPairs:
     Raises:
         DataError: when a shard is damaged, nothing is usable, or more than `encode.max_failed_fraction` failed.
     """
-    shards, rules = list_shards(Path(encode.source)), Rules.from_config(encode)
+    shards, rules = list_shards(encode.source, encode), Rules.from_config(encode).squares_only()
     texts: list[tuple[str, str, str]] = []
     read = 0
     rejected, failed = Counter[str](), Counter[str]()
@@ -82,7 +81,7 @@ def prepared_pairs(encode: EncodeConfig) -> PreparedPairs:
                 read += 1
                 outcome = prepare_sample(raw, rules)
                 if isinstance(outcome, PreparedSample):
-                    stream.write(outcome.square.pixels.tobytes())
+                    stream.write(outcome.picture.pixels.tobytes())
                     kept.append((outcome.captions[0], outcome.key))
                 elif isinstance(outcome, Rejection):
                     rejected[outcome.reason] += 1

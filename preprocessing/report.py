@@ -138,7 +138,7 @@ def _comparison(dataset: LatentDataset, index: int, prepared: PreparedSample, de
         raise DataError(f"{prepared.source}: {sample.key} is another picture than the one that was encoded")
     mean = torch.from_numpy(sample.arrays["latent"][: dataset.spec.channels].astype(np.float32))
     decoded = pixels_from_images(decoder.decode(mean[None]))[0]
-    return Comparison(sample.key, dataset.split, sample.record["captions"], prepared.square.pixels, decoded)
+    return Comparison(sample.key, dataset.split, sample.record["captions"], prepared.picture.pixels, decoded)
 
 
 def _counts(dataset: LatentDataset, rows: Sequence[dict[str, Any]]) -> str:

@@ -1,27 +1,40 @@
 """Who encodes which shard, and when a shard counts as done. No worker talks to another.
 
-Worker `i` of `n` takes the shards `i::n` of the sorted list, then whatever is still without a marker. Publishing is
-first-wins and the bytes do not depend on the worker, so two workers on one shard waste time and nothing else.
+Worker `i` of `n` begins with the shards `i::n` of the sorted list, then takes whatever is without a marker and not
+leased by a living worker, and leaves when every shard is finished. Publishing is first-wins and the bytes do not
+depend on the worker, so two workers on one shard waste time and nothing else.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import EncodeConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.latents.shard import Counts, ShardRecord, fingerprint_difference, shard_path
 from pipeline.progress import Progress, progress_bar
+from preprocessing.ahead import Decoders
 from preprocessing.claims import remove_dead_temporaries
 from preprocessing.encoded import Encoder
 from preprocessing.filters import Rules
+from preprocessing.isolation import Limits, open_decoder
+from preprocessing.leases import Leases, note_work
 from preprocessing.sources import InputShard
-from preprocessing.worker import ShardJob, encode_shard
+from preprocessing.worker import EncoderTurn, ShardJob, encode_shard
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever this package would make other bytes of the same input."""
+WAIT = -1
+POLLS, POLL_SECONDS = 20, 2.0
+"""The leases of others are looked at so often within the life of a lease, and every two seconds at least."""
+STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class EncodeCounts:
 
 @dataclass(frozen=True)
 class Work:
-    """This worker's part of the job."""
+    """The job, and which worker of how many this process is."""
 
     shards: Sequence[InputShard]
     dataset: Path
@@ -55,7 +68,7 @@ class Work:
         assert 0 <= self.worker < self.workers, (self.worker, self.workers)
 
     def own(self) -> range:
-        """Return the numbers of the shards that are this worker's."""
+        """Return the numbers of the shards that this worker begins with, and whose settings it checks."""
         return range(self.worker, len(self.shards), self.workers)
 
     def others(self) -> list[int]:
@@ -84,66 +97,170 @@ def shard_fingerprint(
 
 
 def encode_shards(work: Work, encoder: Encoder, encode: EncodeConfig) -> EncodeCounts:
-    """Encode this worker's shards, then help with the others; return what was done.
+    """Encode until every shard is finished, by this worker or another; return what this one did.
 
     A damaged shard is left out and the others go on; the error comes at the end and names all of them.
 
     Raises:
         DataError: for damaged shards, for a finished shard with another fingerprint (at once), or when more
             than `encode.max_failed_fraction` of the samples failed (after they were recorded).
+        PipelineError: when the disk is full, read-only or forbidden; finished shards stay.
     """
-    remove_dead_temporaries(work.dataset)
-    shares = validation_shares(len(work.shards), encode.validation_samples)
-    total, encoded, finished_before, damaged = Counts(), 0, 0, []
-    with _meter(work) as meter:
-        for number in [*work.own(), *work.others()]:
-            shard, is_own = work.shards[number], number in work.own()
-            if not is_own and _is_finished(work.dataset, shard.stem):
-                continue
-            claim = _Claim(shard, shares[number], work.dataset)
-            try:
-                record, was_finished = claim.settle(encoder, encode, meter.samples if is_own else _ignore)
-            except OtherFingerprintError:
-                raise
-            except DataError as error:
-                damaged.append(str(error))
-                continue
-            finally:
-                meter.shard_done(is_own)
-            finished_before += was_finished
-            encoded += not was_finished
-            total = total.plus(record.counts)
-            check_failures(total, encode.max_failed_fraction)
-    if damaged:
-        raise DataError(
-            f"{len(damaged)} of {len(work.shards)} shards could not be encoded, the others are done: "
-            + "; ".join(damaged)
-        )
-    return EncodeCounts(encoded, finished_before, total)
+    with storage_complaint(work.dataset):
+        remove_dead_temporaries(work.dataset)
+        note_work(work.dataset, len(work.shards))
+        threads = encode.decode_threads or max(cores_for(1), encode.decode_processes)
+        limits = Limits(encode.decode_seconds, encode.decode_memory_mb << 20)
+        with (
+            Leases(work.dataset, encode.lease_seconds) as leases,
+            open_decoder(encode.decode_processes, Rules.from_config(encode), limits) as processes,
+            Decoders(threads, threads + 2 * encode.batch, processes and processes.decode) as decoders,
+            _meter(work) as meter,
+        ):
+            job = _Job(work, encoder, encode, leases, decoders, meter)
+            job.run(encode.shards_at_once)
+        if job.damaged:
+            raise DataError(
+                f"{len(job.damaged)} of {len(work.shards)} shards could not be encoded, the others are done: "
+                + "; ".join(job.damaged)
+            )
+    return EncodeCounts(job.encoded, job.finished_before, job.total)
+
+
+def cores_for(processes: int) -> int:
+    """Return how many cores each of `processes` on this machine may use for decoding, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+@contextlib.contextmanager
+def storage_complaint(dataset: Path) -> Iterator[None]:
+    """Turn what the file system refuses for good into one line that says what to do.
+
+    Raises:
+        PipelineError: for a full, read-only or forbidden disk. Any other error goes through.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        where = error.filename or dataset
+        raise PipelineError(
+            f"{where}: {os.strerror(error.errno)}{_free_bytes(dataset)}; mend that and run the same command again: "
+            "finished shards stay, the others are encoded anew"
+        ) from None
+
+
+def _free_bytes(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        return f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)"
+    return ""
 
 
 class OtherFingerprintError(DataError):
     """A finished shard was made with other settings, weights, versions or input."""
 
 
-@dataclass(frozen=True)
-class _Claim:
-    shard: InputShard
-    validation_samples: int
-    dataset: Path
+class _StoppedError(Exception):
+    """Another thread of this worker has failed: its error is the one to tell."""
 
-    def settle(
-        self, encoder: Encoder, encode: EncodeConfig, advance: Callable[[int], None]
-    ) -> tuple[ShardRecord, bool]:
+
+class _Job:
+    """What the threads of one worker share: the shards that are left, and the sums of what was done."""
+
+    def __init__(
+        self,
+        work: Work,
+        encoder: Encoder,
+        encode: EncodeConfig,
+        leases: Leases,
+        decoders: Decoders,
+        meter: "_Meter",
+    ) -> None:
+        self.total, self.encoded, self.finished_before = Counts(), 0, 0
+        self.damaged: list[str] = []
+        self._work, self._encoder, self._encode = work, encoder, encode
+        self._leases, self._decoders, self._meter = leases, decoders, meter
+        self._turn, self._rules = EncoderTurn(encoder), Rules.from_config(encode)
+        self._shares = validation_shares(len(work.shards), encode.validation_samples)
+        self._left = [*work.own(), *work.others()]
+        self._choice, self._sums, self._stop = threading.Lock(), threading.Lock(), threading.Event()
+
+    def run(self, shards_at_once: int) -> None:
+        """Work on so many shards at once until none is left; the first error ends all of it."""
+        with ThreadPoolExecutor(shards_at_once, thread_name_prefix="shard") as crew:
+            threads = [crew.submit(self._work_on_shards) for _ in range(shards_at_once)]
+            try:
+                wait(threads, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop.set()
+        errors = [error for thread in threads if (error := thread.exception()) is not None]
+        told = [error for error in errors if not isinstance(error, _StoppedError)]
+        if told:
+            raise told[0]
+
+    def _work_on_shards(self) -> None:
+        while not self._stop.is_set():
+            with self._choice:
+                number = self._choose()
+            if number is None:
+                return
+            if number == WAIT:
+                self._stop.wait(min(POLL_SECONDS, self._encode.lease_seconds / POLLS))
+                continue
+            self._settle(number)
+
+    def _choose(self) -> int | None:
+        """Return a shard that is ours now or was finished before, WAIT while others hold all that is left, or None."""
+        own = self._work.own()
+        for number in list(self._left):
+            stem = self._work.shards[number].stem
+            finished = _is_finished(self._work.dataset, stem)
+            if finished and number not in own:
+                self._left.remove(number)
+            elif finished or self._leases.take(stem):
+                self._left.remove(number)
+                return number
+        return WAIT if self._left else None
+
+    def _settle(self, number: int) -> None:
+        shard, is_own = self._work.shards[number], number in self._work.own()
+        try:
+            record, was_finished = self._finish(shard, self._shares[number], is_own)
+        except OtherFingerprintError:
+            raise
+        except DataError as error:
+            with self._sums:
+                self.damaged.append(str(error))
+            return
+        finally:
+            self._leases.release(shard.stem)
+            self._meter.shard_done(is_own)
+        with self._sums:
+            self.finished_before += was_finished
+            self.encoded += not was_finished
+            self.total = self.total.plus(record.counts)
+            check_failures(self.total, self._encode.max_failed_fraction)
+
+    def _finish(self, shard: InputShard, validation_samples: int, is_own: bool) -> tuple[ShardRecord, bool]:
         """Return the shard's marker and whether it was there before; encode the shard if it was not."""
-        wanted = shard_fingerprint(encoder, encode, self.shard, self.validation_samples)
-        if _is_finished(self.dataset, self.shard.stem):
-            record = ShardRecord.load(shard_path(self.dataset, self.shard.stem, ".json"))
-            refuse_other_fingerprint(self.dataset, record, wanted)
+        wanted = shard_fingerprint(self._encoder, self._encode, shard, validation_samples)
+        dataset = self._work.dataset
+
+        def advance(count: int) -> None:
+            if self._stop.is_set():
+                raise _StoppedError
+            if is_own:
+                self._meter.samples(count)
+
+        if _is_finished(dataset, shard.stem):
+            record = ShardRecord.load(shard_path(dataset, shard.stem, ".json"))
+            refuse_other_fingerprint(dataset, record, wanted)
             advance(record.counts.read)
             return record, True
-        job = ShardJob(self.shard, self.validation_samples, wanted)
-        return encode_shard(job, encoder, Rules.from_config(encode), self.dataset, advance), False
+        job = ShardJob(shard, validation_samples, wanted)
+        return encode_shard(job, self._turn, self._decoders, self._rules, dataset, advance), False
 
 
 def refuse_other_fingerprint(dataset: Path, record: ShardRecord, wanted: dict[str, Any]) -> None:
@@ -190,14 +307,17 @@ class _Meter:
 
     progress: Progress
     counts_samples: bool
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def samples(self, count: int) -> None:
         if self.counts_samples:
-            self.progress.advance(count)
+            with self.lock:
+                self.progress.advance(count)
 
     def shard_done(self, is_own: bool) -> None:
         if is_own and not self.counts_samples:
-            self.progress.advance(1)
+            with self.lock:
+                self.progress.advance(1)
 
 
 @contextlib.contextmanager
@@ -211,7 +331,3 @@ def _meter(work: Work) -> Iterator[_Meter]:
     total, unit = (sum(known), "sample") if counts_samples else (len(estimates), "shard")
     with progress_bar(total, "encode", unit=unit) as progress:
         yield _Meter(progress, counts_samples)
-
-
-def _ignore(count: int) -> None:
-    return None

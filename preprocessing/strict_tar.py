@@ -39,9 +39,9 @@ class Member:
 class DamagedTarError(DataError):
     """A tar that cannot be read to its end; `members` are those before the damage at byte `offset`."""
 
-    def __init__(self, path: Path, offset: int, said: str, members: list[Member]) -> None:
-        self.path, self.offset, self.said, self.members = path, offset, said, members
-        super().__init__(f"{path}: {said} at byte {offset}")
+    def __init__(self, where: str, offset: int, said: str, members: list[Member]) -> None:
+        self.where, self.offset, self.said, self.members = where, offset, said, members
+        super().__init__(f"{where}: {said} at byte {offset}")
 
 
 class _DamageError(Exception):
@@ -64,13 +64,18 @@ def walk_tar(path: Path) -> list[Member]:
         DamagedTarError: when anything in it is not as the format says, with the byte offset.
         OSError: when the storage fails; trying again may help.
     """
-    members: list[Member] = []
     with path.open("rb") as stream:
-        try:
-            for member in _members(stream, os.fstat(stream.fileno()).st_size):
-                members.append(member)
-        except _DamageError as damage:
-            raise DamagedTarError(path, damage.offset, damage.said, members) from None
+        return walk_open_tar(stream, str(path))
+
+
+def walk_open_tar(stream: BinaryIO, where: str) -> list[Member]:
+    """Return the members of an opened tar, as `walk_tar` does; `where` is what messages call it."""
+    members: list[Member] = []
+    try:
+        for member in _members(stream, os.fstat(stream.fileno()).st_size):
+            members.append(member)
+    except _DamageError as damage:
+        raise DamagedTarError(where, damage.offset, damage.said, members) from None
     return members
 
 

@@ -5,8 +5,11 @@ written is a function of the input shard, the settings and the weights: never of
 often it was tried.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,13 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.latents.record import LatentSample
 from pipeline.latents.shard import ChannelStatistics, Counts, ShardRecord, shard_path
 from pipeline.latents.spec import LatentSpec
 from pipeline.publish import publish_first
+from preprocessing.ahead import Decoders
+from preprocessing.batches import Batches
 from preprocessing.claims import claimed_temporary
-from preprocessing.encoded import Encoder
+from preprocessing.encoded import EncodedBatch, Encoder
 from preprocessing.filters import Failure, Rejection, Rules
 from preprocessing.images import PreparedSample, prepare_sample
 from preprocessing.sources import InputShard, RawSample
@@ -61,7 +66,7 @@ class _Ledger:
             "source": sample.source,
         }
         if isinstance(sample, PreparedSample):
-            row |= _facts(sample)
+            row |= sample.facts() | sample.measures()
         self.rows.append(row)
 
     def counts(self, written: int) -> Counts:
@@ -95,8 +100,99 @@ class ChannelSums:
         return ChannelStatistics(self._positions, self._total.tolist(), self._squares.tolist(), variance)
 
 
+class EncoderTurn:
+    """The encoder of this process: the shards under way take turns, a batch each."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.spec, self.batch = encoder.spec, encoder.batch
+        self._encoder, self._turn = encoder, threading.Lock()
+
+    def encode(self, samples: Sequence[PreparedSample]) -> tuple[EncodedBatch, int]:
+        """Return the encoded batch and how often memory ran out before it worked: 0 or 1.
+
+        The second attempt is of the same batch with all caches given back: a smaller one would round differently,
+        and the bytes would tell how full the device was.
+
+        Raises:
+            PipelineError: when memory runs out again.
+        """
+        images = np.stack([sample.picture.pixels for sample in samples])
+        captions = [sample.captions for sample in samples]
+        with self._turn:
+            try:
+                return self._encoder.encode(images, captions), 0
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._encoder.release_memory()
+            try:
+                return self._encoder.encode(images, captions), 1
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise PipelineError(
+                    f"out of memory twice on a batch of {self.batch} pictures of {images.shape[1]}x{images.shape[2]}; "
+                    "lower encode.batch (and encode into a new folder: it is part of the fingerprint)"
+                ) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the error says that memory ran out: Python's, CUDA's, or that of torch's allocator on a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+@dataclass
+class _Encoding:
+    """One shard under way: where its encoded samples go."""
+
+    turn: EncoderTurn
+    spool: Spool
+    ledger: _Ledger
+    sums: ChannelSums
+    batches: Batches
+    out_of_memory_retries: int = 0
+
+    def take(self, sample: PreparedSample) -> None:
+        """Encode the batch of the sample's shape if it is full now."""
+        batch = self.batches.add(sample)
+        if batch is not None:
+            self._encode(batch)
+
+    def finish(self) -> None:
+        """Encode what is left."""
+        for batch in self.batches.rest():
+            self._encode(batch)
+
+    def _encode(self, samples: Sequence[PreparedSample]) -> None:
+        encoded, retries = self.turn.encode(samples)
+        self.out_of_memory_retries += retries
+        for place, sample in enumerate(samples):
+            remarks = [*sample.remarks, *encoded.remarks(place)]
+            self.ledger.remarks.update(remarks)
+            problem = encoded.problems[place]
+            if problem is not None:
+                self.ledger.refuse(sample, Rejection(problem))
+                continue
+            arrays = {name: array[place] for name, array in encoded.arrays.items()}
+            height, width = sample.bucket
+            facts = sample.facts() | {"height": height, "width": width}
+            row = {"key": sample.key, "status": "written", "reason": None, "source": sample.source, **facts}
+            row |= sample.measures() | {"remarks": remarks}
+            self.sums.add(arrays["latent"])
+            self.spool.add(LatentSample(sample.key, arrays, _json_record(sample, facts)), sample.bucket, row)
+
+
 def encode_shard(
-    job: ShardJob, encoder: Encoder, rules: Rules, dataset: Path, advance: Callable[[int], None]
+    job: ShardJob,
+    turn: EncoderTurn,
+    decoders: Decoders,
+    rules: Rules,
+    dataset: Path,
+    advance: Callable[[int], None],
 ) -> ShardRecord:
     """Encode and publish one shard below the folder `dataset` and return its marker; `advance` counts samples.
 
@@ -104,60 +200,30 @@ def encode_shard(
         DataError: when the input is damaged (nothing is published), or other bytes have the output's name.
     """
     started = time.monotonic()
-    ledger, sums = _Ledger(), ChannelSums(encoder.spec)
-    with Spool(shard_path(dataset, job.shard.stem, ".tar").parent, encoder.spec) as spool:
-        pending: list[PreparedSample] = []
-        for raw in job.shard.samples():
-            ledger.read += 1
-            advance(1)
-            outcome = prepare_sample(raw, rules)
-            if not isinstance(outcome, PreparedSample):
-                ledger.refuse(raw, outcome)
-                continue
-            pending.append(outcome)
-            if len(pending) == encoder.batch:
-                _encode_batch(pending, encoder, spool, ledger, sums)
-                pending = []
-        if pending:
-            _encode_batch(pending, encoder, spool, ledger, sums)
+    ledger, sums = _Ledger(), ChannelSums(turn.spec)
+    with Spool(shard_path(dataset, job.shard.stem, ".tar").parent, turn.spec) as spool:
+        encoding = _Encoding(turn, spool, ledger, sums, Batches(turn.batch))
+        prepare = functools.partial(prepare_sample, rules=rules, decode=decoders.decode)
+        with contextlib.closing(decoders.outcomes(job.shard.samples(), prepare)) as outcomes:
+            for raw, outcome in outcomes:
+                ledger.read += 1
+                advance(1)
+                if isinstance(outcome, PreparedSample):
+                    encoding.take(outcome)
+                else:
+                    ledger.refuse(raw, outcome)
+        encoding.finish()
         stretches = arrange(spool.samples, job.validation_samples)
         written = write_shard(dataset, job.shard.stem, spool, stretches, ledger.rows)
         counts = ledger.counts(len(spool.samples))
-    extra = {"seconds": round(time.monotonic() - started, 3), "remarks": dict(sorted(ledger.remarks.items()))}
+    extra = {
+        "seconds": round(time.monotonic() - started, 3),
+        "remarks": dict(sorted(ledger.remarks.items())),
+        "out_of_memory_retries": encoding.out_of_memory_retries,
+    }
     record = _record(job, written, counts, sums, extra)
     _publish_marker(shard_path(dataset, job.shard.stem, ".json"), record)
     return record
-
-
-def _encode_batch(
-    samples: Sequence[PreparedSample], encoder: Encoder, spool: Spool, ledger: _Ledger, sums: ChannelSums
-) -> None:
-    images = np.stack([sample.square.pixels for sample in samples])
-    encoded = encoder.encode(images, [sample.captions for sample in samples])
-    for place, sample in enumerate(samples):
-        ledger.remarks.update(sample.remarks)
-        problem = encoded.problems[place]
-        if problem is not None:
-            ledger.refuse(sample, Rejection(problem))
-            continue
-        if encoded.truncated[place]:
-            ledger.remarks["truncated_caption"] += 1
-        arrays = {name: array[place] for name, array in encoded.arrays.items()}
-        size = images.shape[1:3]
-        facts = _facts(sample) | {"height": size[0], "width": size[1]}
-        row = {"key": sample.key, "status": "written", "reason": None, "source": sample.source, **facts}
-        sums.add(arrays["latent"])
-        spool.add(LatentSample(sample.key, arrays, _json_record(sample, facts)), size, row)
-
-
-def _facts(sample: PreparedSample) -> dict[str, Any]:
-    return {
-        "captions": list(sample.captions),
-        "original_height": sample.square.original_height,
-        "original_width": sample.square.original_width,
-        "crop": list(sample.square.crop),
-        "source_sha256": sample.source_sha256,
-    }
 
 
 def _json_record(sample: PreparedSample, facts: dict[str, Any]) -> dict[str, Any]:

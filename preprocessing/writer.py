@@ -135,12 +135,12 @@ def write_shard(
             segments = _write_tar(stream, spool, stretches)
         rows = _read_back(beside, segments, stretches, spool.spec)
         tar_bytes, tar_digest = beside.stat().st_size, file_digest(beside)
-        publish_same(beside, tar_path)
+        publish_same(beside, tar_path, tar_digest)
     rows += other_rows
     with claimed_temporary(parquet_path) as beside:
         write_table(beside, rows, ROW_SCHEMA)
         parquet_digest = file_digest(beside)
-        publish_same(beside, parquet_path)
+        publish_same(beside, parquet_path, parquet_digest)
     return WrittenShard(segments, tar_bytes, tar_digest, parquet_digest, rows)
 
 

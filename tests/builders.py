@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipeline.latents.record import (
     padded_json,
     stride_bytes,
 )
-from pipeline.latents.rows import SHARD_SCHEMA, write_table
+from pipeline.latents.rows import ROW_SCHEMA, SHARD_SCHEMA, write_table
 from pipeline.latents.segments import Segment, segments_array
 from pipeline.latents.shard import Counts, shard_path
 from pipeline.latents.spec import LatentSpec
@@ -172,6 +173,15 @@ def write_tar(folder: Path, spec: LatentSpec, samples: Sequence[LatentSample]) -
                 tar.addfile(entry, io.BytesIO(payload))
     offsets = member_offsets(spec.members((16, 16)), json_bytes)
     assert [*samples[0].arrays, "json"] == list(offsets), "members out of order"
+    content = path.read_bytes()
+    stride = stride_bytes(spec.members((16, 16)), json_bytes)
+    rows = [
+        dict.fromkeys(ROW_SCHEMA.names)
+        | {"key": sample.key, "status": "written", "offset": row * stride}
+        | {"crc32": zlib.crc32(content[row * stride : (row + 1) * stride])}
+        for row, sample in enumerate(samples)
+    ]
+    write_table(path.with_suffix(".parquet"), rows, ROW_SCHEMA)
     size_bytes, digest = path.stat().st_size, publish.file_digest(path)
     return {"name": "00000", "samples": len(samples), "bytes": size_bytes, "digest": digest}
 

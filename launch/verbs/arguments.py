@@ -1,7 +1,6 @@
 """The arguments that verbs share, and what they open."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +14,6 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="settings laid over it, e.g. train.steps=100"),
 ]
 DatasetPath = Annotated[Path, typer.Argument(metavar="DATASET", help="folder of a latent data set")]
-
-
-class Weights(StrEnum):
-    """Which weights of a checkpoint."""
-
-    EMA = "ema"
-    RAW = "raw"
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, e.g. runs/demo")]

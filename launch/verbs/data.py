@@ -1,5 +1,7 @@
 """Verbs that make and look at latent data sets."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,28 +13,38 @@ app = typer.Typer()
 
 
 @app.command()
-def encode(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    worker: Annotated[int, typer.Option(min=0, help="number of this worker, from 0")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="how many workers share the input")] = 1,
-) -> None:
+def encode(config: ConfigPath, overrides: Overrides = None) -> None:
     """Encode the source into latents and text states; finished shards are skipped.
 
-    Example: ldm encode configs/demo.yaml --worker 0 --workers 4
+    Alone it starts `encode.processes` workers, by default one a GPU; under srun, torchrun or accelerate it is one
+    worker. Any number may run at once, come and go, and be killed: shards are leased, and nobody encodes twice.
+
+    Example: ldm encode configs/demo.yaml encode.processes=2
     """
     run, paths = configured(config, overrides)
+    from launch.local import run_local
+    from launch.nodes import place
+    from launch.status import describe_dataset
     from pipeline.paths import autoencoder_folder, dataset_folder, text_encoder_folder
-    from preprocessing.work import encode_dataset
+    from preprocessing.work import encode_dataset, processes_here
 
+    placement, out = place(os.environ, meets=False), dataset_folder(run, paths)
+    processes = processes_here(run) if placement.source == "single" else 1
+    if processes > 1:
+        again = [sys.executable, "-m", "launch.cli", "encode", str(config), *(overrides or ())]
+        code = run_local(again, processes, threads=run.engine.threads)
+        if code == 0:
+            typer.echo(describe_dataset(out))
+        raise typer.Exit(code)
     counts = encode_dataset(
         run,
-        source=Path(run.encode.source),
-        out=dataset_folder(run, paths),
+        source=run.encode.source,
+        out=out,
         autoencoder=autoencoder_folder(run, paths),
         text_encoder=text_encoder_folder(run, paths),
-        worker=worker,
-        workers=workers,
+        worker=placement.rank,
+        workers=placement.world_size,
+        local_worker=placement.local_rank,
     )
     typer.echo(counts)
 
@@ -47,7 +59,7 @@ def finalize(config: ConfigPath, overrides: Overrides = None) -> None:
     from pipeline.paths import dataset_folder
     from preprocessing.finalize import finalize_dataset
 
-    manifest = finalize_dataset(run, dataset_folder(run, paths), Path(run.encode.source))
+    manifest = finalize_dataset(run, dataset_folder(run, paths), run.encode.source)
     typer.echo(f"{manifest.counts} {manifest.splits} digest {manifest.digest}")
 
 

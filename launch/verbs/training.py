@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from launch.verbs.arguments import ConfigPath, Overrides, RunPath, Weights, configured, of_run
+from launch.verbs.arguments import ConfigPath, Overrides, RunPath, configured, of_run
 
 app = typer.Typer()
+WEIGHTS_HELP = "raw, ema, another average of the checkpoint, or a name that `ldm ema` has made"
 
 
 @app.command()
@@ -39,24 +40,37 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(run: RunPath, overrides: Overrides = None) -> None:
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help=f"{WEIGHTS_HELP}; may be repeated [default: raw and ema]")
+    ] = None,
+) -> None:
     """Measure the validation loss at fixed timesteps under raw and EMA weights.
 
     Example: ldm evaluate runs/demo
     """
     config, paths = of_run(run, overrides)
-    from pipeline.evaluate import evaluate_run
+    from pipeline.evaluate import KINDS, evaluate_run
 
-    typer.echo(json.dumps(evaluate_run(paths, config), indent=2))
+    typer.echo(json.dumps(evaluate_run(paths, config, weights or KINDS), indent=2))
 
 
 @app.command()
-def sample(run: RunPath, overrides: Overrides = None) -> None:
+def sample(
+    run: RunPath,
+    overrides: Overrides = None,
+    weights: Annotated[
+        str | None, typer.Option(help=f"{WEIGHTS_HELP} [default: sample.weights, ema]")
+    ] = None,
+) -> None:
     """Paint a grid of pictures from captions under classifier-free guidance.
 
     Example: ldm sample runs/demo 'sample.prompts=[red apple, green apple]' sample.guidance_scale=4.0
     """
-    config, paths = of_run(run, overrides)
+    chosen = [f"sample.weights={weights}"] if weights else []
+    config, paths = of_run(run, [*(overrides or ()), *chosen])
     from pipeline.sample import sample_grid
 
     typer.echo(sample_grid(paths, config))
@@ -66,13 +80,24 @@ def sample(run: RunPath, overrides: Overrides = None) -> None:
 def export(
     run: RunPath,
     overrides: Overrides = None,
-    weights: Annotated[Weights, typer.Option(help="which weights")] = Weights.EMA,
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "ema",
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="write RUN/deepspeed instead: DeepSpeed's universal checkpoint")
+    ] = False,
 ) -> None:
     """Write RUN/pipeline, a folder that diffusers' StableDiffusionPipeline.from_pretrained loads.
+
+    With --deepspeed write RUN/deepspeed: raw weights and Adam's moments, for `engine.load_checkpoint` of a script of
+    your own with `"checkpoint": {"load_universal": true}`, at any number of processes and ZeRO stage 1 to 3.
 
     Example: ldm export runs/demo
     """
     config, paths = of_run(run, overrides)
+    if deepspeed:
+        from pipeline.training.deepspeed_export import export_deepspeed
+
+        typer.echo(export_deepspeed(paths))
+        return
     from pipeline.export import export_pipeline
 
-    typer.echo(export_pipeline(paths, config, weights=weights.value))
+    typer.echo(export_pipeline(paths, config, weights=weights))

@@ -6,16 +6,18 @@ and error lines are `pipeline.config_file`'s job.
 """
 
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, MixedSet
 from pipeline.config.ema import EmaConfig
-from pipeline.config.encode import EncodeConfig
+from pipeline.config.encode import EncodeConfig, FilterRule
 from pipeline.config.engine import EngineConfig, OptimizerConfig
 from pipeline.config.first_stage import AutoencoderConfig, ClipConfig, FirstStageConfig
+from pipeline.config.health import HealthConfig
 from pipeline.config.model import UNetConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.outcome import EvaluateConfig, SampleConfig, TrackingConfig
 from pipeline.config.run import RunConfig
 from pipeline.config.train import TrainConfig
+from pipeline.config.warm_start import WarmStartConfig
 
 __all__ = [
     "AutoencoderConfig",
@@ -26,7 +28,10 @@ __all__ = [
     "EncodeConfig",
     "EngineConfig",
     "EvaluateConfig",
+    "FilterRule",
     "FirstStageConfig",
+    "HealthConfig",
+    "MixedSet",
     "ObjectiveConfig",
     "OptimizerConfig",
     "RunConfig",
@@ -34,4 +39,5 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "UNetConfig",
+    "WarmStartConfig",
 ]

@@ -5,6 +5,33 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config.base import Count, Fraction, Name, Positive, Section
+from pipeline.config.objective import ObjectiveConfig
+
+SamplerKind = Literal[
+    "ddim",
+    "ddpm",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_solver_2m",
+    "dpm_solver_sde",
+    "unipc",
+    "flow_euler",
+]
+FLOW_SAMPLERS: tuple[SamplerKind, ...] = ("flow_euler", "dpm_solver_2m", "dpm_solver_sde", "unipc")
+
+
+def sampler_problem(kind: SamplerKind, objective: ObjectiveConfig) -> str:
+    """Return why `kind` cannot sample `objective`, empty if it can."""
+    if objective.prediction == "flow" and kind not in FLOW_SAMPLERS:
+        return f"{kind} does not run a flow backwards; use one of {', '.join(FLOW_SAMPLERS)}"
+    if objective.prediction != "flow" and kind == "flow_euler":
+        return f"flow_euler needs objective.prediction flow, not {objective.prediction}; use euler"
+    if objective.prediction == "x0" and kind in ("euler_ancestral", "heun"):
+        return f"{kind} is not written for prediction x0; use euler"
+    if objective.zero_terminal_snr and kind == "heun":
+        return "heun does not begin at zero terminal SNR; use ddim, euler or dpm_solver_2m"
+    return ""
 
 
 class EvaluateConfig(Section):
@@ -25,17 +52,9 @@ class SampleConfig(Section):
 
     prompts: tuple[str, ...] = Field((), description="empty = captions of the validation split")
     num_prompts: Positive = Field(16, description="how many captions are taken when no prompts are given")
-    sampler: Literal[
-        "ddim",
-        "ddpm",
-        "euler",
-        "euler_ancestral",
-        "heun",
-        "dpm_solver_2m",
-        "dpm_solver_sde",
-        "unipc",
-        "flow_euler",
-    ] = Field("dpm_solver_2m", description="DPM-Solver++ needs fewest steps; it runs flows too")
+    sampler: SamplerKind = Field(
+        "dpm_solver_2m", description="DPM-Solver++ needs fewest steps; it runs flows too"
+    )
     steps: Positive = Field(25, description="network evaluations a picture")
     guidance_scale: float = Field(5.0, ge=0.0, description="1 = conditional only, 0 = unconditional")
     guidance_rescale: Fraction = Field(

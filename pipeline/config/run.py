@@ -1,6 +1,8 @@
 """One run: all sections together."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Count, Name, Section
 from pipeline.config.cluster import ClusterConfig
@@ -9,10 +11,12 @@ from pipeline.config.ema import EmaConfig
 from pipeline.config.encode import EncodeConfig
 from pipeline.config.engine import EngineConfig, OptimizerConfig
 from pipeline.config.first_stage import FirstStageConfig
+from pipeline.config.health import HealthConfig
 from pipeline.config.model import UNetConfig
 from pipeline.config.objective import ObjectiveConfig
-from pipeline.config.outcome import EvaluateConfig, SampleConfig, TrackingConfig
+from pipeline.config.outcome import EvaluateConfig, SampleConfig, TrackingConfig, sampler_problem
 from pipeline.config.train import TrainConfig
+from pipeline.config.warm_start import WarmStartConfig
 
 
 class RunConfig(Section):
@@ -31,8 +35,27 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig
     ema: EmaConfig = EmaConfig()
+    warm_start: WarmStartConfig | None = Field(
+        None, description="weights to begin with; null = drawn at random"
+    )
     train: TrainConfig
+    health: HealthConfig = HealthConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _sampler_runs_the_objective(self) -> Self:
+        problem = sampler_problem(self.sample.sampler, self.objective)
+        if problem:
+            raise ValueError(f"sample.sampler: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_weights_come_from_somewhere(self) -> Self:
+        if self.train.freeze and self.warm_start is None:
+            raise ValueError(
+                "train.freeze keeps weights as they come from warm_start, which is null: set warm_start.source"
+            )
+        return self

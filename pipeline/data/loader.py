@@ -1,69 +1,48 @@
-"""Positions -> `LatentBatch` with its draws: what a rank trains on, a pure function of (seed, data set, k).
+"""Positions -> `LatentBatch` with its draws: what a rank trains on, a pure function of (seed, data sets, k).
 
 A few threads of this process read ahead with positional reads; no worker processes, which cost more for
 latents than they save. The loader has no state: `steps(consumed)` starts anywhere.
 """
 
+import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from itertools import count
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config import DataConfig, EngineConfig, ObjectiveConfig
-from pipeline.data.order import GlobalOrder
+from pipeline.data.batch import LatentBatch
+from pipeline.data.buffers import Buffers
+from pipeline.data.conditions import chosen_captions, time_ids
+from pipeline.data.mixture import Lookup, Mixture
 from pipeline.data.shares import micro_batches_per_step, share, split_share
+from pipeline.data.substitutes import Substitutes
 from pipeline.diffusion import draws
 from pipeline.errors import DataError
 from pipeline.latents.reader import LatentDataset
 
+__all__ = ["LatentBatch", "LatentLoader"]
+
+logger = logging.getLogger(__name__)
+
+CHECKED_SHARDS_A_RANK = 32
+LOOKED_UP_AT_ONCE = 2048
+Result = TypeVar("Result")
+Arrays = tuple[np.ndarray, dict[str, Tensor]]
+
 
 @dataclass(frozen=True)
-class LatentBatch:
-    """One micro-batch of b samples with every random number its step needs.
+class Part:
+    """One micro-batch to be read: positions of one step, what they read, and whether it only fills up."""
 
-    Shape letters: b samples, C latent channels, M stored channels (2C for moments), h w latent sides.
-    """
-
-    moments: Tensor
-    """float16 [b, M, h, w], unscaled."""
-    text: Tensor | None
-    """float16 [b, L, D] of the caption chosen; None when the data set stores tokens only."""
-    tokens: Tensor
-    """int64 [b, L] of the caption chosen."""
-    noise: Tensor
-    """float32 [b, C, h, w]."""
-    posterior_noise: Tensor
-    """float32 [b, C, h, w]."""
-    timesteps: Tensor
-    """int64 [b]."""
-    dropped: Tensor
-    """bool [b]: trains on the null text."""
-    weight: Tensor
-    """float32 [b]: 1, or 0 for a filler that keeps the number of micro-batches equal on all ranks."""
-    positions: Tensor
-    """int64 [b]: k of the run."""
-    indices: Tensor
-    """int64 [b]: sample in the split."""
-
-    @property
-    def size(self) -> int:
-        """Number of samples, fillers included."""
-        return len(self.positions)
-
-    def to(self, device: torch.device | str) -> "LatentBatch":
-        """Return the batch on `device`; the copy does not wait where memory is pinned."""
-        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: None if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in tensors.items()
-        }
-        return LatentBatch(**moved)
+    positions: np.ndarray
+    found: Lookup
+    filler: bool = False
 
 
 class LatentLoader:
@@ -71,7 +50,7 @@ class LatentLoader:
 
     def __init__(
         self,
-        dataset: LatentDataset,
+        dataset: LatentDataset | Sequence[LatentDataset],
         *,
         seed: int,
         engine: EngineConfig,
@@ -79,86 +58,153 @@ class LatentLoader:
         data: DataConfig,
         rank: int,
         world_size: int,
+        origin: int = 0,
+        substituted: Mapping[int, int] | None = None,
     ) -> None:
-        """Prepare to read for `rank` of `world_size`.
+        """Prepare to read for `rank` of `world_size`; several data sets go with the entries of `data.mix`.
+
+        `origin`: the position at which the first epoch of this data begins, above 0 once a change of the data was
+        accepted. `substituted`: what took the place of which position before (see `substituted`).
 
         Raises:
-            DataError: when the split is empty or a step needs more ranks than samples.
+            ConfigError, DataError: a split is empty, sets do not go together, a checked sample is damaged, or a step
+                needs more ranks than samples.
         """
-        if len(dataset) == 0:
-            raise DataError(f"{dataset.folder}: the split {dataset.split!r} has no samples")
+        sets = [dataset] if isinstance(dataset, LatentDataset) else list(dataset)
+        self.order = Mixture(sets, seed=seed, global_batch=engine.global_batch, data=data, origin=origin)
         if engine.global_batch < world_size:
             raise DataError(
                 f"engine.global_batch {engine.global_batch} is smaller than the world size {world_size}: "
                 "every rank needs a sample a step; raise global_batch or use fewer processes"
             )
-        self.dataset = dataset
-        self.order = GlobalOrder(len(dataset), seed)
+        self.dataset: LatentDataset | Mixture = sets[0] if len(sets) == 1 else self.order
         self.seed, self.objective, self.data = seed, objective, data
         self.global_batch, self.rank, self.world_size = engine.global_batch, rank, world_size
         self.micro_batches = micro_batches_per_step(engine.global_batch, engine.micro_batch, world_size)
+        self._substitutes = Substitutes(self.order, seed, data, substituted or {})
+        # Latents and both noises may have one size: as many as can be in flight at once.
+        in_flight = 3 * (data.prefetch + 3 * self.micro_batches)
+        self._buffers = Buffers(pinned=torch.cuda.is_available(), kept=in_flight)
+        pooled = self.order.spec.pooled_width is not None
+        self._null_pooled = sets[0].null_text()["pooled"][0] if pooled else None
+        for opened in sets:
+            if data.verify != "off" and not opened.shards.verified:
+                opened.check_samples(range(rank, len(opened.shard_names), world_size)[:CHECKED_SHARDS_A_RANK])
+
+    @property
+    def substituted(self) -> dict[int, int]:
+        """Position -> sample number that took the place of one that could not be read, on this rank so far."""
+        return dict(self._substitutes.taken)
+
+    def resume(self, origin: int, substituted: Mapping[int, int]) -> None:
+        """Take up what a checkpoint says, before `steps`: see the arguments of the same names."""
+        self.order.origin = origin
+        self._substitutes.taken = dict(substituted)
 
     def steps(self, consumed: int) -> Iterator[tuple[LatentBatch, ...]]:
-        """Yield the micro-batches of each step from `consumed` samples on; closing the iterator ends its threads."""
-        pending: deque[Future[LatentBatch]] = deque()
+        """Yield the micro-batches of each step from `consumed` samples on; closing the iterator ends its threads.
+
+        Raises:
+            ConfigError: `consumed` lies inside a batch of one shape.
+            DataError, OSError: a sample is damaged or cannot be read, and may not be substituted.
+        """
+        return self._ahead(consumed, self.batch)
+
+    def reads(self, consumed: int) -> Iterator[tuple[Arrays, ...]]:
+        """Yield what `steps` reads for its micro-batches, (sample numbers, members [b, *shape]), without draws."""
+        return self._ahead(consumed, self._members)
+
+    def _ahead(self, consumed: int, work: Callable[[Part], Result]) -> Iterator[tuple[Result, ...]]:
+        self.order.check_start(consumed)
+        pending: deque[Future[Result]] = deque()
         with ThreadPoolExecutor(self.data.threads, thread_name_prefix="latents") as pool:
-            upcoming = self._micro_batch_positions(consumed)
+            upcoming = self.parts(consumed)
             ahead = max(self.data.prefetch, self.micro_batches)
             try:
                 while True:
                     while len(pending) < ahead + self.micro_batches:
-                        pending.append(pool.submit(self.batch, *next(upcoming)))
+                        pending.append(pool.submit(work, next(upcoming)))
                     yield tuple(pending.popleft().result() for _ in range(self.micro_batches))
             finally:
                 for future in pending:
                     future.cancel()
 
-    def _micro_batch_positions(self, consumed: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield (positions, whether they are a filler) of each micro-batch of this rank."""
-        for step in count():
-            mine = share(consumed + step * self.global_batch, self.global_batch, self.rank, self.world_size)
-            for part in split_share(mine, self.micro_batches):
-                filler = len(part) == 0
-                yield np.array(mine[:1] if filler else part, np.int64), filler
+    def parts(self, consumed: int) -> Iterator[Part]:
+        """Yield the micro-batches of this rank as positions and what they read, looked up many at a time."""
+        mine = share(0, self.global_batch, self.rank, self.world_size)
+        cuts = split_share(mine, self.micro_batches)
+        # Lanes sort the slots of a whole step, so many ranks look up few steps at once.
+        of_step = self.global_batch if self.order.has_lanes else max(1, len(mine))
+        most, steps, first = max(1, LOOKED_UP_AT_ONCE // of_step), 1, consumed
+        while True:
+            starts = range(first, first + steps * self.global_batch, self.global_batch)
+            first, steps = starts.stop, min(2 * steps, most)
+            slots = [self._slots(start, mine) for start in starts]
+            # A rank without samples for a micro-batch runs one of weight zero.
+            parts = [(row[_within(cut or mine[:1], mine)], not cut) for row in slots for cut in cuts]
+            found = self.order.look_up_all([positions for positions, _ in parts])
+            for (positions, filler), lookup in zip(parts, found, strict=True):
+                yield Part(positions, lookup, filler)
 
-    def batch(self, positions: np.ndarray, filler: bool = False) -> LatentBatch:
-        """Return the batch of these positions of the run: read, stacked, with all draws."""
-        indices = self.order.samples(positions)
-        seed, spec = self.seed, self.dataset.spec
-        samples = [self.dataset.read(int(index)) for index in indices]
-        latent = np.stack([sample.arrays["latent"] for sample in samples])
-        chosen = [
-            draws.caption_choice(seed, int(k), len(sample.record["captions"]))
-            for k, sample in zip(positions, samples, strict=True)
-        ]
-        shape = (spec.channels, *latent.shape[2:])
-        objective = self.objective
+    def _slots(self, start: int, mine: range) -> np.ndarray:
+        """Return the positions that this rank reads of the step at `start`."""
+        if not self.order.has_lanes:
+            return np.arange(start + mine.start, start + mine.stop)
+        return self.order.by_lane(np.arange(start, start + self.global_batch))[mine.start : mine.stop]
+
+    def _members(self, part: Part) -> Arrays:
+        found, tensors, _ = self._read(part)
+        return self.order.numbers(found), tensors
+
+    def batch(self, part: Part) -> LatentBatch:
+        """Return the batch of these positions of one step: read, stacked, with all draws."""
+        positions, filler = part.positions, part.filler
+        found, arrays, records = self._read(part)
+        seed, objective, spec = self.seed, self.objective, self.order.spec
+        moments = arrays["latent"]
+        shape = (len(positions), spec.channels, *moments.shape[2:])
+        numbers = positions.tolist()
+        dropped = torch.tensor([draws.drops_caption(seed, k, objective.caption_dropout) for k in numbers])
+        flipped = np.array([self.data.flip and draws.flips(seed, k) for k in numbers])
+        if flipped.any():
+            moments[torch.from_numpy(flipped)] = moments[torch.from_numpy(flipped)].flip(-1)
+        captions = chosen_captions(seed, numbers, records, arrays)
+        pooled = captions.get("pooled")
+        if pooled is not None:
+            pooled[dropped] = torch.from_numpy(self._null_pooled)
         return LatentBatch(
-            moments=torch.from_numpy(latent),
-            text=self._text(samples, chosen),
-            tokens=torch.from_numpy(_chosen(samples, "tokens", chosen).astype(np.int64)),
-            noise=torch.from_numpy(
-                np.stack([draws.training_noise(seed, int(k), shape=shape) for k in positions])
-            ),
-            posterior_noise=torch.from_numpy(
-                np.stack([draws.posterior_noise(seed, int(k), shape=shape) for k in positions])
-            ),
-            timesteps=torch.tensor(
-                [draws.timestep(seed, int(k), objective, self.global_batch) for k in positions]
-            ),
-            dropped=torch.tensor(
-                [draws.drops_caption(seed, int(k), objective.caption_dropout) for k in positions]
-            ),
+            moments=moments,
+            text=captions.get("text"),
+            tokens=captions["tokens"].to(torch.int64),
+            noise=self._normal(shape, numbers, draws.Purpose.NOISE),
+            posterior_noise=self._normal(shape, numbers, draws.Purpose.POSTERIOR),
+            timesteps=torch.tensor([draws.timestep(seed, k, objective, self.global_batch) for k in numbers]),
+            dropped=dropped,
             weight=torch.full((len(positions),), 0.0 if filler else 1.0),
             positions=torch.from_numpy(positions.copy()),
-            indices=torch.from_numpy(indices),
+            indices=torch.from_numpy(self.order.numbers(found)),
+            pooled=pooled,
+            time_ids=None if pooled is None else time_ids(records, found.shape.bucket, flipped),
         )
 
-    def _text(self, samples: list, chosen: list[int]) -> Tensor | None:
-        if self.dataset.spec.text == "tokens":
-            return None
-        return torch.from_numpy(_chosen(samples, "text", chosen))
+    def _read(self, part: Part) -> tuple[Lookup, dict[str, Tensor], list[dict[str, Any]]]:
+        """Return what was read, its members [b, *shape], and the json of the samples where anything depends on it."""
+        spec, positions = self.order.spec, part.positions
+        found = self._substitutes.apply(positions, part.found)
+        tensors = {
+            member.name: self._buffers.take((len(positions), *member.shape), member.dtype)
+            for member in spec.members(found.shape.bucket)
+        }
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        with_records = spec.max_captions > 1 or spec.pooled_width is not None
+        return found, tensors, self._substitutes.read(positions, found, arrays, with_records=with_records)
+
+    def _normal(self, shape: tuple[int, ...], positions: list[int], purpose: draws.Purpose) -> Tensor:
+        tensor = self._buffers.take(shape, "<f4")
+        for row, position in zip(tensor.numpy(), positions, strict=True):
+            draws.fill_normal(row, self.seed, position, purpose)
+        return tensor
 
 
-def _chosen(samples: list, member: str, chosen: list[int]) -> np.ndarray:
-    return np.stack([sample.arrays[member][number] for sample, number in zip(samples, chosen, strict=True)])
+def _within(cut: range, mine: range) -> slice:
+    return slice(cut.start - mine.start, cut.stop - mine.start)

@@ -110,8 +110,6 @@ def mismatches(manifest: Manifest, config: RunConfig) -> list[str]:
             f"engine.global_batch is {config.engine.global_batch}, the data set's train split has only "
             f"{manifest.splits.get('train', 0)} samples"
         )
-    if len(manifest.buckets) > 1:
-        lines.append(f"data.order 'global' reads one bucket, the data set has {len(manifest.buckets)}")
     return lines
 
 

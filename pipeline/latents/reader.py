@@ -1,28 +1,72 @@
-"""Positional reader: sample `i` of a split by one `pread` at a computed offset.
+"""Positional reader: samples of a split by one `preadv` each at a computed offset, straight into the batch.
 
-A sample of 126 KB costs one system call and no copy beyond it; tar headers are never parsed. File
-descriptors are kept open per process (a forked reader opens its own).
+A sample of 126 KB costs one system call and no copy beyond it; tar headers are never parsed. File descriptors are
+kept open per process (a forked reader opens its own).
 """
 
+import json
 import os
+import resource
 import threading
+import time
+import zlib
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.latents.checksums import Checksums
+from pipeline.latents.layout import Layout, sample_layout, sample_views, wrong_headers
 from pipeline.latents.manifest import SEGMENTS_NAME, SHARDS_NAME, Manifest
 from pipeline.latents.record import LatentSample, parse_sample
 from pipeline.latents.rows import SHARD_SCHEMA, read_table
-from pipeline.latents.segments import SegmentTable, load_segments
+from pipeline.latents.segments import Places, SegmentTable, load_segments
 from pipeline.latents.shard import shard_path
 from pipeline.publish import file_digest
 
-MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 512
+# Before the second, third and fourth attempt at a read that the system refused.
+PAUSES_SECONDS = (0.1, 0.5, 2.0)
 
 
-class _OpenShard:
+class OpenShard(Protocol):
+    """A shard that can be read at any offset, by several threads at once."""
+
+    def readv(self, buffers: Sequence[memoryview | bytearray], offset: int) -> int:
+        """Fill the buffers with what lies from `offset` on; return the bytes read, fewer only at the end."""
+        ...
+
+
+class Shards(Protocol):
+    """Where the files of shards come from: a folder, or a store behind a cache."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether `open` holds the whole tar against its digest."""
+        ...
+
+    def open(self, stem: str) -> OpenShard:
+        """Open the tar of a shard."""
+        ...
+
+    def sizes(self, stems: Sequence[str]) -> list[int | None]:
+        """Return the size of each tar in bytes, None where it is missing."""
+        ...
+
+    def table(self, stem: str) -> Path:
+        """Return a local path of the shard's parquet."""
+        ...
+
+    def where(self, stem: str) -> str:
+        """Return the place of the shard's tar as a user knows it."""
+        ...
+
+
+class _LocalTar:
     """A descriptor that closes when its last user lets go of it.
 
     A thread that is reading keeps its own reference, so that another thread which opens many shards cannot
@@ -36,28 +80,85 @@ class _OpenShard:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
+    def readv(self, buffers: Sequence[memoryview | bytearray], offset: int) -> int:
+        return os.preadv(self.descriptor, buffers, offset)
+
+
+@dataclass(frozen=True)
+class LocalShards:
+    """Shards in a folder of this machine or of a shared file system."""
+
+    folder: Path
+    verified: bool = False
+
+    def open(self, stem: str) -> OpenShard:
+        """Open the tar of a shard."""
+        return _LocalTar(shard_path(self.folder, stem, ".tar"))
+
+    def sizes(self, stems: Sequence[str]) -> list[int | None]:
+        """Return the size of each tar in bytes, None where it is missing."""
+        return [_size_bytes(shard_path(self.folder, stem, ".tar")) for stem in stems]
+
+    def table(self, stem: str) -> Path:
+        """Return the path of the shard's parquet."""
+        return shard_path(self.folder, stem, ".parquet")
+
+    def where(self, stem: str) -> str:
+        """Return the path of the shard's tar."""
+        return str(shard_path(self.folder, stem, ".tar"))
+
+
+def _size_bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+@dataclass
+class BatchRead:
+    """What a read of several samples gave beside the arrays it filled."""
+
+    records: list[dict[str, Any]]
+    """The json of each sample where it was asked for, otherwise empty."""
+    failed: dict[int, DataError | OSError]
+    """The samples, by their number in the batch, that could not be read or are damaged, each confirmed."""
+
 
 class LatentDataset:
     """The samples of one split of the finished data set in `folder`."""
 
-    def __init__(self, folder: Path, split: str = "train") -> None:
-        """Open the data set and check its tables and the size of every shard.
+    def __init__(
+        self,
+        folder: Path,
+        split: str = "train",
+        *,
+        shards: Shards | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Open the data set and check its tables, and the size of every shard that is this rank's to check.
+
+        Rank r checks the shards r, r + W, ...; one that finds damage looks at all. `shards`: default, in `folder`.
 
         Raises:
             DataError: naming every file that is missing, short, or not the one in the manifest.
         """
         self.folder = folder
         self.split = split
+        self.shards: Shards = LocalShards(folder) if shards is None else shards
         self.manifest = Manifest.load(folder)
         self.spec = self.manifest.spec
         for name in (SHARDS_NAME, SEGMENTS_NAME):
             self._check_table(name)
-        shards = read_table(folder / SHARDS_NAME, SHARD_SCHEMA)
-        self.shard_names: list[str] = shards.column("name").to_pylist()
-        self.shard_bytes: list[int] = shards.column("bytes").to_pylist()
+        table = read_table(folder / SHARDS_NAME, SHARD_SCHEMA)
+        self.shard_names: list[str] = table.column("name").to_pylist()
+        self.shard_bytes: np.ndarray = table.column("bytes").to_numpy()
         self.table = SegmentTable(load_segments(folder / SEGMENTS_NAME), split)
-        self._check_shards()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self.checksums = Checksums(self.shards.table)
+        self.opens = self.bytes_read = 0
+        self._check_shards(rank, world_size)
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
@@ -71,45 +172,230 @@ class LatentDataset:
             state = "is not the one in the manifest" if path.is_file() else "is missing"
             raise DataError(f"{path}: {state}; run `ldm finalize` again, then `ldm verify`")
 
-    def _check_shards(self) -> None:
-        wrong = []
-        for name, size_bytes in zip(self.shard_names, self.shard_bytes, strict=True):
-            path = shard_path(self.folder, name, ".tar")
-            found = path.stat().st_size if path.is_file() else None
-            if found != size_bytes:
-                wrong.append(
-                    f"{path} ({'missing' if found is None else f'{found} bytes instead of {size_bytes}'})"
-                )
+    def _check_shards(self, rank: int, world_size: int) -> None:
+        mine = range(rank, len(self.shard_names), world_size)
+        wrong = self._wrong_sizes(mine)
+        if wrong and world_size > 1:
+            wrong = self._wrong_sizes(range(len(self.shard_names)))
         if wrong:
             raise DataError(
-                f"{self.folder}: {len(wrong)} damaged or missing shards: {', '.join(wrong[:20])}; restore or encode them again"
+                f"{self.folder}: {len(wrong)} damaged or missing shards: {', '.join(wrong)}; restore or encode them again"
             )
 
+    def _wrong_sizes(self, numbers: Iterable[int]) -> list[str]:
+        stems = [self.shard_names[number] for number in numbers]
+        wrong = []
+        for number, stem, found in zip(numbers, stems, self.shards.sizes(stems), strict=True):
+            expected = int(self.shard_bytes[number])
+            if found != expected:
+                state = "missing" if found is None else f"{found} bytes instead of {expected}"
+                wrong.append(f"{self.shards.where(stem)} ({state})")
+        return wrong
+
+    def check_samples(self, shards: Sequence[int]) -> None:
+        """Hold one sample of the split in each of `shards` against its checksum.
+
+        Raises:
+            DataError: naming shard and key of every sample that is not as it was written.
+        """
+        firsts = {
+            int(shard): number for number, shard in reversed(list(enumerate(self.table.segments["shard"])))
+        }
+        starts = np.cumsum(self.table.segments["rows"], dtype=np.int64) - self.table.segments["rows"]
+        wrong = []
+        for shard in shards:
+            if shard in firsts:
+                rows = int(self.table.segments["rows"][firsts[shard]])
+                wrong += self.damage(np.array([starts[firsts[shard]] + (shard * 7919) % rows]))
+        if wrong:
+            raise DataError(f"{self.folder}: {len(wrong)} damaged samples: {'; '.join(wrong)}")
+
+    def damage(self, indices: np.ndarray) -> list[str]:
+        """Return a line, with shard and key, for each of these samples whose bytes are not as they were written."""
+        lines = []
+        for index in indices:
+            place = self.table.place(int(index))
+            bucket = np.array([index])
+            read = self.read_batch(bucket, self.empty_arrays(place.bucket, 1), verify=True)
+            lines += [str(error) for error in read.failed.values()]
+        return lines
+
+    def empty_arrays(self, bucket: tuple[int, int], count: int) -> dict[str, np.ndarray]:
+        """Return an uninitialised array [count, *shape] for each member of the samples of `bucket`."""
+        members = self.spec.members(bucket)
+        return {member.name: np.empty((count, *member.shape), member.dtype) for member in members}
+
+    def read_batch(
+        self,
+        indices: np.ndarray,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        records: bool = False,
+        verify: bool = False,
+    ) -> BatchRead:
+        """Read samples of one bucket into `arrays` ([b, *shape] by member name) and return what else they say.
+
+        Headers are always compared; `verify` holds every byte against the stored checksum. Damage counts when a
+        second read confirms it, a refused read after four attempts.
+        """
+        places = self.table.places(indices)
+        first = self.table.segments[places.segment[0]]
+        layout = sample_layout(self.spec, (int(first["height"]), int(first["width"])))
+        scratch = np.empty((len(indices), layout.scratch_bytes), np.uint8)
+        buffers: Sequence[list[Any]] = sample_views(layout, arrays, scratch)
+        tails: list[bytearray] = []
+        if records or verify:
+            tails = [bytearray(layout.tail_bytes(int(json_bytes))) for json_bytes in places.json_bytes]
+            buffers = [[*parts, tail] for parts, tail in zip(buffers, tails, strict=True)]
+        failed = self._fill(places, buffers, layout.before_json_bytes, [len(tail) for tail in tails])
+        job = _Job(places, buffers, layout, scratch, tails, verify)
+        suspects = self._suspects(job, range(len(indices)), failed)
+        for number in suspects:
+            failed |= self._fill(
+                places, buffers, layout.before_json_bytes, [len(tail) for tail in tails], number
+            )
+        if suspects:
+            confirmed = self._suspects(job, suspects, failed)
+            failed |= {number: self._damaged(job, number, what) for number, what in confirmed.items()}
+        found: list[dict[str, Any]] = []
+        if records:
+            found = [self._record(job, number, failed) for number in range(len(indices))]
+        return BatchRead(found, failed)
+
+    def _fill(
+        self,
+        places: Places,
+        buffers: Sequence[list[Any]],
+        head_bytes: int,
+        tail_bytes: list[int],
+        only: int | None = None,
+    ) -> dict[int, DataError | OSError]:
+        """Read each sample (or `only` one) into its buffers; return those that could not be read."""
+        failed: dict[int, DataError | OSError] = {}
+        shards, offsets = places.shard.tolist(), places.offset.tolist()
+        numbers = np.lexsort((places.offset, places.shard)).tolist() if only is None else [only]
+        opened: dict[int, OpenShard] = {}
+        for number in numbers:
+            wanted = head_bytes + (tail_bytes[number] if tail_bytes else 0)
+            try:
+                shard = opened.get(shards[number])
+                if shard is None:
+                    shard = opened[shards[number]] = self._opened(shards[number])
+                found = shard.readv(buffers[number], offsets[number])
+                if found != wanted:
+                    found = self._read_again(shards[number], buffers[number], offsets[number], wanted)
+                self.bytes_read += found
+            except OSError as error:
+                try:
+                    self._read_again(shards[number], buffers[number], offsets[number], wanted, error)
+                except OSError as last:
+                    failed[number] = _unreadable(last, self._where(places, number))
+        return failed
+
+    def _read_again(
+        self, shard: int, buffers: list[Any], offset: int, wanted: int, error: OSError | None = None
+    ) -> int:
+        """Read once more into one piece, with pauses; a shard is opened anew, its descriptor may be stale."""
+        for pause_seconds in PAUSES_SECONDS:
+            if error is not None:
+                time.sleep(pause_seconds)
+            self._forget(shard)
+            try:
+                block, got = memoryview(bytearray(wanted)), 0
+                while got < wanted and (step := self._opened(shard).readv([block[got:]], offset + got)):
+                    got += step
+                at = 0
+                for buffer in buffers:
+                    target = memoryview(buffer).cast("B")
+                    target[:] = block[at : at + len(target)]
+                    at += len(target)
+                return got
+            except OSError as again:
+                error = again
+        assert error is not None
+        raise error
+
+    def _suspects(
+        self, job: "_Job", numbers: Iterable[int], failed: Mapping[int, Exception]
+    ) -> dict[int, str]:
+        """Return what is wrong with those of the samples whose bytes were read and are not as the format says."""
+        headers = wrong_headers(job.layout, job.scratch)
+        wrong = {}
+        for number in numbers if job.verify else [number for number in numbers if number in headers]:
+            if number in failed:
+                continue
+            if number in headers:
+                wrong[number] = f"member {headers[number]!r} has not its header"
+            elif job.verify and job.crc32(number) != self._checksum(job.places, number):
+                wrong[number] = "its bytes have another checksum than when they were written"
+        return wrong
+
+    def _checksum(self, places: Places, number: int) -> int:
+        stem = self.shard_names[int(places.shard[number])]
+        return self.checksums.crc32(stem, int(places.row[number]))
+
+    def _damaged(self, job: "_Job", number: int, what: str) -> DataError:
+        return DataError(f"{self._where(job.places, number)}: {what}; run `ldm verify`")
+
+    def _where(self, places: Places, number: int) -> str:
+        """Return shard, row and, where the shard's table can be read, key of a sample."""
+        stem, row = self.shard_names[int(places.shard[number])], int(places.row[number])
+        try:
+            return f"{self.shards.where(stem)}: row {row}, key {self.checksums.key(stem, row)!r}"
+        except (DataError, OSError):
+            return f"{self.shards.where(stem)}: row {row}"
+
+    def _record(self, job: "_Job", number: int, failed: dict[int, DataError | OSError]) -> dict[str, Any]:
+        if number in failed:
+            return {}
+        start = job.layout.record_start()
+        try:
+            record = json.loads(job.tails[number][start : start + int(job.places.json_bytes[number])])
+            record["key"], record["captions"]
+        except (ValueError, KeyError, TypeError):
+            failed[number] = self._damaged(job, number, "its json member is damaged")
+            return {}
+        found: dict[str, Any] = record
+        return found
+
     def read(self, index: int) -> LatentSample:
-        """Return sample `index` of the split; its arrays are read-only views of one buffer.
+        """Return sample `index` of the split; its arrays are views of one buffer.
 
         Raises:
             DataError: when the bytes are not what the format says, naming shard and row.
         """
         place = self.table.place(index)
-        path = shard_path(self.folder, self.shard_names[place.shard], ".tar")
-        shard = self._open_shard(place.shard, path)
-        block = os.pread(shard.descriptor, place.stride, place.offset)
-        return parse_sample(
-            block, self.spec.members(place.bucket), place.json_bytes, f"{path}: row {place.row}"
-        )
+        where = f"{self.shards.where(self.shard_names[place.shard])}: row {place.row}"
+        block = bytearray(place.stride)
+        try:
+            found = self._opened(place.shard).readv([block], place.offset)
+            if found != place.stride:
+                found = self._read_again(place.shard, [block], place.offset, place.stride)
+        except OSError as error:
+            try:
+                found = self._read_again(place.shard, [block], place.offset, place.stride, error)
+            except OSError as last:
+                raise _unreadable(last, where) from None
+        content = memoryview(block)[:found].toreadonly()
+        return parse_sample(content, self.spec.members(place.bucket), place.json_bytes, where)
 
-    def _open_shard(self, number: int, path: Path) -> _OpenShard:
+    def _opened(self, number: int) -> OpenShard:
         with self._lock:
             if self._owner != os.getpid():
                 self._open, self._owner = OrderedDict(), os.getpid()
-            if number in self._open:
-                self._open.move_to_end(number)
-            else:
-                self._open[number] = _OpenShard(path)
-                if len(self._open) > MAX_OPEN_SHARDS:
+            found = self._open.get(number)
+            if found is None:
+                found = self._open[number] = self.shards.open(self.shard_names[number])
+                self.opens += 1
+                if len(self._open) > _most_open():
                     self._open.popitem(last=False)
-            return self._open[number]
+            else:
+                self._open.move_to_end(number)
+            return found
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._open.pop(number, None)
 
     def null_text(self) -> dict[str, np.ndarray]:
         """Return the text members of the empty caption, each with n = 1.
@@ -129,3 +415,35 @@ class LatentDataset:
         """Close the descriptors of this process; a read that is under way ends first."""
         with self._lock:
             self._open.clear()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One read of several samples."""
+
+    places: Places
+    buffers: Sequence[list[Any]]
+    layout: Layout
+    scratch: np.ndarray
+    tails: list[bytearray]
+    verify: bool
+
+    def crc32(self, number: int) -> int:
+        """Return the checksum of the sample's bytes in file order."""
+        value = 0
+        for part in self.buffers[number]:
+            value = zlib.crc32(part, value)
+        return value
+
+
+def _unreadable(error: OSError, where: str) -> OSError:
+    attempts = len(PAUSES_SECONDS) + 1
+    return OSError(
+        error.errno, f"{where}: cannot be read after {attempts} attempts ({error.strerror or error})"
+    )
+
+
+def _most_open() -> int:
+    """Return how many shards may be open at once: half of what the system allows this process."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN_SHARDS if limit == resource.RLIM_INFINITY else min(MAX_OPEN_SHARDS, max(1, limit // 2))

@@ -25,8 +25,13 @@ ROW_SCHEMA = pa.schema(
         ("source_sha256", pa.string()),  # of the image bytes
         ("offset", pa.int64()),  # of the sample in the tar: a cross-check of the segment arithmetic
         ("crc32", pa.int64()),  # of the sample's tar bytes
+        ("scaling", pa.int32()),  # the JPEG decoder gave 1/scaling of the sides
+        ("perceptual_hash", pa.string()),  # 64 bits of what the picture looks like
+        ("remarks", pa.list_(pa.string())),  # what was counted and did not reject it
     ]
 )
+LATER_COLUMNS = frozenset({"scaling", "perceptual_hash", "remarks"})
+"""Columns that format 1 gained: null in the tables of older data sets."""
 SHARD_SCHEMA = pa.schema(
     [("name", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("digest", pa.string())]
 )
@@ -48,6 +53,11 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    found = table.schema.names
+    for place, name in enumerate(schema.names):
+        if name in LATER_COLUMNS and name not in found:
+            field = schema.field(name)
+            table = table.add_column(place, field, pa.nulls(len(table), field.type))
     if table.schema.names != schema.names:
-        raise DataError(f"{path}: has the columns {table.schema.names}, format 1 has {schema.names}")
+        raise DataError(f"{path}: has the columns {found}, format 1 has {schema.names}")
     return table

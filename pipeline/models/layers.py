@@ -1,7 +1,7 @@
 """Layers of the cross-attention U-Net; attributes have diffusers' names, so that state dicts go both ways.
 
 Shape letters: B batch, C channels, H W sides of the feature map, N = H * W positions, L text tokens, D text
-width, M tokens attended to (N in self-attention, L in cross-attention), E width of the time embedding.
+width, M tokens attended to (N in self-attention, L in cross-attention), E width of the time embedding (activated).
 
 How an inner block is run is an argument (`run`): straight through, or checkpointed, so that backward computes
 its activations again instead of keeping them. The U-Net decides; the layers only say where the seams are.
@@ -62,7 +62,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, time_BE: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h = h + self.time_emb_proj(F.silu(time_BE))[:, :, None, None]
+        h = h + self.time_emb_proj(time_BE)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
 

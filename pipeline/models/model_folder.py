@@ -9,10 +9,10 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.publish import json_digest
@@ -41,11 +41,26 @@ class ModelFolder:
     weights: tuple[Path, ...]
 
 
-def open_model_folder(folder: Path, weights_stem: str, remedy: str) -> ModelFolder:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: where it is and what its header says."""
+
+    path: Path
+    name: str
+    """As stored; what a model calls it today may be spelt otherwise."""
+    dtype: str
+    """In safetensors' letters: F16, BF16, F32."""
+    shape: tuple[int, ...]
+
+
+def open_model_folder(
+    folder: Path, weights_stem: str, remedy: str, *, variants: Sequence[str] = ()
+) -> ModelFolder:
     """Return what `folder` holds after the checks that need no library.
 
     `weights_stem` is the library's file name without `.safetensors`; `remedy` ends the message about a missing
-    folder: which setting to change or which verb makes the folder.
+    folder: which setting to change or which verb makes the folder. `variants` are other precisions ("fp16") to
+    take where the plain files are missing.
 
     Raises:
         ConfigError: when there is no such folder, or it is not a single model's.
@@ -58,7 +73,8 @@ def open_model_folder(folder: Path, weights_stem: str, remedy: str) -> ModelFold
         inside = [entry.parent.name for entry in sorted(folder.glob("*/config.json"))]
         hint = f"name one of its subfolders: {', '.join(inside)}" if inside else remedy
         raise ConfigError(f"{folder}: no config.json; {hint}")
-    return ModelFolder(folder, read_json(folder / "config.json"), _weights(folder, weights_stem, remedy))
+    weights = _weights(folder, weights_stem, remedy, ("", *variants))
+    return ModelFolder(folder, read_json(folder / "config.json"), weights)
 
 
 def refuse_code(folder: Path) -> None:
@@ -116,39 +132,66 @@ def tensor_digests(path: Path) -> Iterator[tuple[str, list[Any]]]:
         DataError: when the file is cut short or its header makes no sense.
     """
     with path.open("rb") as stream:
-        header, start = _read_header(path, stream.read(8), stream)
-        size = path.stat().st_size - start
+        header, start = _read_header(path, stream)
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             for name, entry in header.items():
                 first, last = entry["data_offsets"]
-                if not 0 <= first <= last <= size:
-                    raise DataError(f"{path}: {name} ends at byte {last} of {size}; the file is cut short")
                 with memoryview(mapped)[start + first : start + last] as payload:
                     yield name, [entry["dtype"], entry["shape"], hashlib.sha256(payload).hexdigest()]
 
 
-def _read_header(path: Path, prefix: bytes, stream: Any) -> tuple[dict[str, Any], int]:
+def stored_tensors(found: ModelFolder) -> dict[str, StoredTensor]:
+    """Return where each tensor of the folder lies, by its stored name, from the headers alone.
+
+    Raises:
+        DataError: when a file is cut short, its header makes no sense, or two files hold the same tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in found.weights:
+        with path.open("rb") as stream:
+            header, _ = _read_header(path, stream)
+        for name, entry in header.items():
+            if name in tensors:
+                raise DataError(f"{path}: holds {name}, which {tensors[name].path.name} holds too")
+            tensors[name] = StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]))
+    return tensors
+
+
+def _read_header(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Return the tensors' entries, and where the payload begins, of a whole safetensors file."""
+    prefix, size = stream.read(8), path.stat().st_size
     if len(prefix) < 8:
         raise DataError(f"{path}: {len(prefix)} bytes; not a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
-    if length > min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+    if length > min(MAX_HEADER_BYTES, size - 8):
         raise DataError(f"{path}: header of {length} bytes; not a safetensors file, or cut short")
+    payload = size - 8 - length
     try:
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        for entry in header.values():
-            _ = entry["dtype"], entry["shape"], *entry["data_offsets"]
+        for name, entry in header.items():
+            _ = entry["dtype"], entry["shape"]
+            first, last = entry["data_offsets"]
+            if not 0 <= first <= last <= payload:
+                raise DataError(f"{path}: {name} ends at byte {last} of {payload}; the file is cut short")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(f"{path}: the header is not safetensors' JSON") from None
     return header, 8 + length
 
 
-def _weights(folder: Path, stem: str, remedy: str) -> tuple[Path, ...]:
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return (single,)
-    if not index.is_file():
-        raise ConfigError(f"{folder}: no {single.name} (pickled weights are never read); {remedy}")
+def _weights(folder: Path, stem: str, remedy: str, variants: Sequence[str]) -> tuple[Path, ...]:
+    for variant in variants:
+        suffix = f".{variant}" if variant else ""
+        single = folder / f"{stem}{suffix}.safetensors"
+        if single.is_file():
+            return (single,)
+        index = folder / f"{stem}.safetensors.index{suffix}.json"
+        if index.is_file():
+            return _shards(folder, index)
+    raise ConfigError(f"{folder}: no {stem}.safetensors (pickled weights are never read); {remedy}")
+
+
+def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     names = sorted(set(read_json(index).get("weight_map", {}).values()))
     missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing or not names:

@@ -1,13 +1,11 @@
-"""CLIP: captions to tokens and text states, from a local transformers folder; and a small CLIP built from scratch.
+"""Captions to tokens and text states with a frozen text model; and a small CLIP built from scratch.
 
-Checkpoints name the text tower's tensors with or without the prefix `text_model.` (transformers >= 5.6 dropped
-the attribute); both load, and what is written here carries the prefix, which every version reads. Shape letters:
-B batch, L tokens, D width.
+What is written here carries the tensor names with the prefix `text_model.`, which every version of transformers
+reads. Shape letters: B batch, L tokens, D width, P width of projected text.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,43 +13,71 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from pipeline.config import ClipConfig
-from pipeline.errors import ConfigError, DataError
-from pipeline.models.model_folder import model_digest, open_model_folder, refuse_code
+from pipeline.errors import ConfigError
+from pipeline.models.model_folder import model_digest, open_model_folder
+from pipeline.models.text_models import (
+    CLIP_TYPES,
+    DTYPES,
+    PREFIX,
+    PROJECTION,
+    REMEDY,
+    WEIGHTS_STEM,
+    Precision,
+    TextParts,
+    Tokens,
+    clip_tokens,
+    load_text_parts,
+    quiet_transformers,
+    text_model_type,
+    tower_name,
+)
 from pipeline.publish import json_digest, write_json
 
-WEIGHTS_STEM = "model"
-PREFIX = "text_model."
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-REMEDY = "set encode.text_encoder to a local transformers CLIP text folder, or make one with `ldm train-clip CONFIG`"
-Precision = Literal["fp32", "bf16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Layer = Literal["last", "penultimate"]
 
 
 class FrozenTextEncoder:
-    """A CLIP text tower and its tokenizer that only map: no gradients, no dropout."""
+    """A text model and its tokenizer that only map: no gradients, no dropout."""
 
-    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, digest: str) -> None:
-        """Freeze `model`; `digest` names its stored config and weights."""
-        self._model = model.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
-        self.digest = digest
-        self.tokenizer_digest = tokenizer_digest(tokenizer)
-        self.max_tokens = int(model.config.max_position_embeddings)
-        self.width = int(model.config.hidden_size)
-        self.pooled_width: int | None = None
+    pooled_width: int | None = None
+    """A single encoder stores no pooled text; SDXL's pair does (`text_pair`)."""
+
+    def __init__(
+        self, parts: TextParts, digest: str, layer: Layer = "last", max_tokens: int | None = None
+    ) -> None:
+        """Freeze the model; `digest` names its stored config and weights."""
+        self._model = parts.model.eval().requires_grad_(False)
+        self._projection, self._words = parts.projection, Tokens.of(parts, max_tokens)
+        self._layer, self._masked, self._folder = layer, not parts.is_clip, parts.folder
+        self._fp32: Self | None = None
+        self.digest = digest if layer == "last" else json_digest([digest, layer])
+        self.tokenizer_digest = tokenizer_digest(parts.tokenizer)
+        self.vocabulary_digest = tokenizer_digest(parts.tokenizer, special=False)
+        self.max_tokens = self._words.length
+        self.width = int(parts.model.config.hidden_size)
+        self.end_token_id, self.pad_token_id = self._words.end, self._words.pad
+        self.projected_width = None if parts.projection is None else int(parts.projection.shape[0])
 
     @classmethod
     def load(
-        cls, folder: Path | str, device: str | torch.device = "cpu", precision: Precision = "fp32"
+        cls,
+        folder: Path | str,
+        device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
+        *,
+        layer: Layer = "last",
+        max_tokens: int | None = None,
     ) -> Self:
         """Return the text encoder in a local folder, weights in `precision`, on `device`.
 
-        The folder is that of a CLIPTextModel or of a whole CLIPModel; the tokenizer lies in it or, as in a
-        diffusers pipeline, in the folder `tokenizer` beside it.
+        The folder is that of a CLIP text model (with or without projection), of a whole CLIP, or of any other
+        text model that transformers knows (T5, BERT, ...); the tokenizer lies in it or, as in a diffusers
+        pipeline, in the folder `tokenizer` beside it (`tokenizer_2` for `text_encoder_2`). `max_tokens` is for
+        models without a length of their own.
 
         Raises:
             ConfigError: when a folder is missing or holds another kind of model.
@@ -59,73 +85,85 @@ class FrozenTextEncoder:
         """
         folder = Path(folder)
         digest = text_encoder_digest(folder)
-        model = _load_complete(folder, DTYPES[precision])
-        tokenizer = _load_tokenizer(folder)
-        _require_fit(folder, model, tokenizer)
-        nn.Module.to(model, torch.device(device))
-        return cls(model, tokenizer, digest)
+        parts = load_text_parts(folder, DTYPES[precision], torch.device(device))
+        return cls(parts, digest, layer, max_tokens)
+
+    def in_fp32(self) -> Self:
+        """Return the same encoder in fp32 on the same device, loaded from its folder at the first call."""
+        if self._model.dtype == torch.float32:
+            return self
+        if self._fp32 is None:
+            self._fp32 = self.load(
+                self._folder, self._model.device, "fp32", layer=self._layer, max_tokens=self.max_tokens
+            )
+        return self._fp32
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return tokens int64 [B, L] and whether each caption was cut, bool [B].
 
-        A row is start, the caption's tokens, end, then padding; a long caption is cut before the end token.
+        A row is start (where the model has one), the caption's tokens, end, then padding; a long caption is cut
+        before the end token.
         """
-        tokenizer, room = self._tokenizer, self.max_tokens - 2
-        rows = (
-            tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
-            if captions
-            else []
-        )
-        tokens_BL = torch.full((len(rows), self.max_tokens), tokenizer.pad_token_id, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            row = [tokenizer.bos_token_id, *row[:room], tokenizer.eos_token_id]
-            tokens_BL[place, : len(row)] = torch.tensor(row)
-        return tokens_BL, torch.tensor([len(row) > room for row in rows], dtype=torch.bool)
+        return self._words.rows(captions)
+
+    def encode(self, tokens_BL: Tensor) -> Tensor:
+        """Return text states [B, L, D], fp32: of the last layer after the final norm, or of the one before.
+
+        CLIP gets no padding mask, because the U-Net attends to padding too; other models get theirs.
+        """
+        return self.encode_projected(tokens_BL)[0]
 
     @torch.no_grad()
-    def encode(self, tokens_BL: Tensor) -> Tensor:
-        """Return text states [B, L, D], fp32: the last layer after the final norm, as SD 1.x conditions on.
+    def encode_projected(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the states and, where the folder has a projection, the projected end state [B, P], fp32."""
+        tokens = tokens_BL.to(self._model.device)
+        mask = {"attention_mask": (tokens != self.pad_token_id).long()} if self._masked else {}
+        penultimate = self._layer == "penultimate"
+        output = self._model(input_ids=tokens, output_hidden_states=penultimate, **mask)
+        text_BLD: Tensor = output.hidden_states[-2] if penultimate else output.last_hidden_state
+        if self._projection is None:
+            return text_BLD.float(), None
+        return text_BLD.float(), nn.functional.linear(output.pooler_output, self._projection).float()
 
-        No padding mask is given, because the U-Net attends to padding too.
-        """
-        text_BLD: Tensor = self._model(input_ids=tokens_BL.to(self._model.device)).last_hidden_state
-        return text_BLD.float()
+    def encode_pooled(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the states and None: see `pooled_width`."""
+        return self.encode(tokens_BL), None
 
 
-def text_encoder_digest(folder: Path) -> str:
-    """Return the sha256 over config and weights of the text tower in `folder`, a text model's or a whole CLIP's.
+def text_encoder_digest(folder: Path, *, projected: bool = False) -> str:
+    """Return the sha256 over config and weights of the text model in `folder`, a whole CLIP's or its own.
+
+    `projected` counts the projection of the end state too, where it is used.
 
     Raises:
         ConfigError: when the folder is missing or holds another kind of model.
         DataError: when it holds code or is damaged.
     """
     found = open_model_folder(folder, WEIGHTS_STEM, REMEDY)
-    kind = found.config.get("model_type")
-    if kind not in ("clip_text_model", "clip"):
-        raise ConfigError(
-            f"{folder}: model_type is {kind!r}; only CLIP text encoders are supported; {REMEDY}"
-        )
+    kind = text_model_type(found)
+    if kind not in CLIP_TYPES:
+        return model_digest(found, found.config)
     config = found.config.get("text_config") or {} if kind == "clip" else found.config
-    return model_digest(found, config, _tower_name)
+    rename = (lambda name: name if name == PROJECTION else tower_name(name)) if projected else tower_name
+    return model_digest(found, config, rename)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Return tokens int64 [B, max_tokens] and whether each caption was cut, bool [B], as `FrozenTextEncoder` does."""
-    room = max_tokens - 2
-    rows = tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"] if captions else []
-    tokens_BL = torch.full((len(rows), max_tokens), tokenizer.pad_token_id, dtype=torch.int64)
-    for place, row in enumerate(rows):
-        row = [tokenizer.bos_token_id, *row[:room], tokenizer.eos_token_id]
-        tokens_BL[place, : len(row)] = torch.tensor(row)
-    return tokens_BL, torch.tensor([len(row) > room for row in rows], dtype=torch.bool)
+    return clip_tokens(tokenizer, captions, max_tokens)
 
 
-def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
-    """Return the sha256 over what decides the tokens: vocabulary, merges and the special entries."""
+def tokenizer_digest(tokenizer: Any, *, special: bool = True) -> str:
+    """Return the sha256 over what decides the tokens: vocabulary, merges and the special entries.
+
+    Without `special` the padding and the other special entries do not count: equal means interchangeable ids.
+    """
     state = _model_state(tokenizer.backend_tokenizer)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] if special else []
+    if "merges" not in state:  # not byte pairs (T5, BERT): everything the tokenizer is made of
+        return json_digest({"tokenizer": json.loads(tokenizer.backend_tokenizer.to_str()), "special": ends})
     merges = [list(pair) for pair in state["merges"]]
-    return json_digest({"vocabulary": state["vocab"], "merges": merges, "special": special})
+    return json_digest({"vocabulary": state["vocab"], "merges": merges, "special": ends})
 
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int, max_tokens: int) -> CLIPTokenizer:
@@ -210,7 +248,7 @@ def save_clip(
 
     Written in place: call it inside `publish.whole_folder`.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         model.save_pretrained(clip_folder, safe_serialization=True)
     vision: Any = model.config.vision_config
     text: Any = model.config.text_config
@@ -263,75 +301,3 @@ def _byte_symbols() -> list[str]:
 def _model_state(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the vocabulary and merges of a byte-pair tokenizer as plain data."""
     return dict(json.loads(tokenizer.to_str())["model"])
-
-
-def _tower_name(name: str) -> str | None:
-    """Return a stored tensor's name inside the text tower, or None for tensors of the rest of a CLIP."""
-    bare = name.removeprefix(PREFIX)
-    used = bare.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and "position_ids" not in bare
-    return bare if used else None
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the library's bars and load reports: what matters in them is checked and said by us."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _load_complete(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
-    """Return the tower with every weight from the file: the library fills gaps with random numbers."""
-    try:
-        with _quiet_transformers():
-            loaded: Any = CLIPTextModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                dtype=dtype,
-            )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{folder}: not a readable CLIP text encoder ({str(error).splitlines()[0]})"
-        ) from error
-    model, loading = loaded
-    unused = {name for name in loading["unexpected_keys"] if _tower_name(name)}
-    wrong = sorted({*loading["missing_keys"], *unused, *(str(key) for key in loading["mismatched_keys"])})
-    if wrong:
-        raise DataError(
-            f"{folder}: weights and config.json do not fit together, first at {wrong[0]}; fetch them again"
-        )
-    return model
-
-
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Return the tokenizer in `folder` or in `tokenizer` beside it."""
-    for place in (folder, folder.parent / "tokenizer"):
-        if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
-            refuse_code(place)
-            break
-    else:
-        raise ConfigError(f"{folder}: no tokenizer.json or vocab.json, nor in tokenizer/ beside it; {REMEDY}")
-    try:
-        with _quiet_transformers():
-            return CLIPTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust side raises bare Exception
-        raise DataError(f"{place}: not a readable CLIP tokenizer ({str(error).splitlines()[0]})") from error
-
-
-def _require_fit(folder: Path, model: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    entries = model.config.vocab_size
-    if None in special or len(tokenizer) > entries:
-        raise DataError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries with start, end, padding {special}, the model "
-            f"{entries}; they belong to different models"
-        )

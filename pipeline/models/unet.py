@@ -4,7 +4,7 @@ Parameter names and shapes are those of `diffusers.UNet2DConditionModel`: a stat
 `strict=True`. SD 1.x has 859,520,964 parameters, SD 2.x 865,910,724, SDXL base 2,567,463,684.
 
 Level 0 is the finest, at the latent's own size; each level below halves the sides. Shape letters as in
-`layers`: B batch, C channels, H W sides, L text tokens, D text width, E time width, P width of pooled text.
+`layers`: B batch, C channels, H W sides, L text tokens, D text width, E time width, P width of pooled text, S sizes.
 """
 
 import torch
@@ -24,7 +24,7 @@ from pipeline.models.layers import (
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: `layers_per_block` residual blocks, attention behind each or behind none."""
+    """One level on the way down: residual blocks, attention behind each or behind none."""
 
     def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class DownBlock(nn.Module):
         width, came_from = channels[level], channels[max(level - 1, 0)]
         attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
         self.resnets, self.attentions = nn.ModuleList(), nn.ModuleList()
-        for layer in range(config.layers_per_block):
+        for layer, depth in enumerate(config.depths_down(level)):
             self.resnets.append(ResnetBlock(width if layer else came_from, width, config))
             if attends:
-                self.attentions.append(_attention(config, level))
+                self.attentions.append(SpatialTransformer(width, config.heads(level), depth, config))
         lowest = level == len(channels) - 1
         self.downsamplers = nn.ModuleList([] if lowest else [Downsample(width)])
 
@@ -56,19 +56,23 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottom: residual, attention, residual, at the lowest level's width."""
+    """The bottom, at the lowest level's width: residual, attention, residual; without attention one residual."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        width, lowest = config.block_out_channels[-1], len(config.block_out_channels) - 1
+        width, lowest = config.block_out_channels[-1], config.levels - 1
+        attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
         first = ResnetBlock(width, width, config)
-        self.attentions = nn.ModuleList([_attention(config, lowest)])
-        self.resnets = nn.ModuleList([first, ResnetBlock(width, width, config)])
+        self.attentions = nn.ModuleList()
+        if attends:
+            self.attentions.append(SpatialTransformer(width, config.heads(lowest), config.depth_mid, config))
+        self.resnets = nn.ModuleList([first, ResnetBlock(width, width, config)] if attends else [first])
 
     def forward(self, x_BCHW: Tensor, time_BE: Tensor, text_BLD: Tensor, run: Run) -> Tensor:
         x_BCHW = run(self.resnets[0], x_BCHW, time_BE)
-        x_BCHW = self.attentions[0](x_BCHW, text_BLD, run)
-        return run(self.resnets[1], x_BCHW, time_BE)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x_BCHW = run(resnet, attention(x_BCHW, text_BLD, run), time_BE)
+        return x_BCHW
 
 
 class UpBlock(nn.Module):
@@ -81,12 +85,12 @@ class UpBlock(nn.Module):
         width, came_from = channels[level], channels[min(level + 1, lowest)]
         attends = config.up_block_types[lowest - level] == "CrossAttnUpBlock2D"
         self.resnets, self.attentions = nn.ModuleList(), nn.ModuleList()
-        for layer in range(config.layers_per_block + 1):
+        for layer, depth in enumerate(config.depths_up(level)):
             # The last skip of a level is what entered it on the way down, so it has the finer level's width.
-            skip = channels[max(level - 1, 0)] if layer == config.layers_per_block else width
+            skip = channels[max(level - 1, 0)] if layer == config.layers(level) else width
             self.resnets.append(ResnetBlock((width if layer else came_from) + skip, width, config))
             if attends:
-                self.attentions.append(_attention(config, level))
+                self.attentions.append(SpatialTransformer(width, config.heads(level), depth, config))
         self.upsamplers = nn.ModuleList([Upsample(width)] if level else [])
 
     def forward(
@@ -128,9 +132,10 @@ class UNet(nn.Module):
         self.add_embedding = None
         if config.projection_class_embeddings_input_dim is not None:
             self.add_embedding = EmbeddingMLP(config.projection_class_embeddings_input_dim, time_width)
-        levels = range(len(channels))
+        levels = range(config.levels)
+        self._layers_up = [config.layers(level) + 1 for level in reversed(levels)]
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
-        self.mid_block = MidBlock(config)
+        self.mid_block = MidBlock(config) if config.mid_block_type else None
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
@@ -145,19 +150,20 @@ class UNet(nn.Module):
         timesteps_B: Tensor,
         text_BLD: Tensor,
         pooled_BP: Tensor | None = None,
-        time_ids_B6: Tensor | None = None,
+        time_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """Return the prediction [B, out_channels, H, W] in the latents' dtype, for any H and W.
 
-        Latents and text have the model's dtype; timesteps may be integers or floats. SDXL alone takes the
-        pooled text and six sizes in pixels: original (h, w), crop (top, left), target (h, w).
+        Latents and text have the model's dtype; timesteps may be integers or floats. SDXL alone takes the pooled
+        text and sizes in pixels, for the base six: original (h, w), crop (top, left), target (h, w); its refiner
+        takes an aesthetic score (2.5 to 6) in place of the target.
 
         Raises:
             ValueError: an input's shape does not fit the config, or SDXL's inputs are missing, or not wanted.
         """
-        self._check_shapes(latents_BCHW, timesteps_B, text_BLD, pooled_BP, time_ids_B6)
+        self._check_shapes(latents_BCHW, timesteps_B, text_BLD, pooled_BP, time_ids_BS)
         run = self._checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _straight
-        time_BE = self._embed_time(latents_BCHW.dtype, timesteps_B, pooled_BP, time_ids_B6)
+        time_BE = self._embed_time(latents_BCHW.dtype, timesteps_B, pooled_BP, time_ids_BS)
 
         x_BCHW = self.conv_in(latents_BCHW)
         # Sliced, never popped inside a block: under ZeRO-3 a module receives copies of its list arguments.
@@ -166,11 +172,11 @@ class UNet(nn.Module):
             x_BCHW, made = down_block(x_BCHW, time_BE, text_BLD, run)
             skips = skips + made
 
-        x_BCHW = self.mid_block(x_BCHW, time_BE, text_BLD, run)
+        if self.mid_block is not None:
+            x_BCHW = self.mid_block(x_BCHW, time_BE, text_BLD, run)
 
-        wanted = self.config.layers_per_block + 1
-        for up_block in self.up_blocks:
-            skips, taken = skips[:-wanted], skips[-wanted:]
+        for up_block, layers in zip(self.up_blocks, self._layers_up, strict=True):
+            skips, taken = skips[:-layers], skips[-layers:]
             # The skip that comes next decides the size, so that sides that do not halve evenly work.
             size = skips[-1].shape[2:] if skips else None
             x_BCHW = up_block(x_BCHW, taken, size, time_BE, text_BLD, run)
@@ -178,17 +184,21 @@ class UNet(nn.Module):
         return self.conv_out(nn.functional.silu(self.conv_norm_out(x_BCHW)))
 
     def _embed_time(
-        self, dtype: torch.dtype, timesteps_B: Tensor, pooled_BP: Tensor | None, time_ids_B6: Tensor | None
+        self, dtype: torch.dtype, timesteps_B: Tensor, pooled_BP: Tensor | None, time_ids_BS: Tensor | None
     ) -> Tensor:
-        """Return [B, E]: the timestep, plus for SDXL the pooled text and the sizes (SDXL section 2.2)."""
+        """Return [B, E]: the timestep, plus for SDXL the pooled text and the sizes (SDXL section 2.2).
+
+        Activated once here, where diffusers does it in every residual block: the same numbers.
+        """
         sinusoids = timestep_embedding(timesteps_B, self.config.block_out_channels[0])
         time_BE = self.time_embedding(sinusoids.to(dtype))
         if self.add_embedding is None:
-            return time_BE
+            return nn.functional.silu(time_BE)
         width = self.config.addition_time_embed_dim
-        assert width is not None and pooled_BP is not None and time_ids_B6 is not None
-        sizes = timestep_embedding(time_ids_B6.flatten(), width).unflatten(0, time_ids_B6.shape).flatten(1)
-        return time_BE + self.add_embedding(torch.cat([pooled_BP, sizes], dim=-1).to(dtype))
+        assert width is not None and pooled_BP is not None and time_ids_BS is not None
+        sizes = timestep_embedding(time_ids_BS.flatten(), width).unflatten(0, time_ids_BS.shape).flatten(1)
+        added_BE = self.add_embedding(torch.cat([pooled_BP, sizes], dim=-1).to(dtype))
+        return nn.functional.silu(time_BE + added_BE)
 
     def _check_shapes(
         self,
@@ -196,7 +206,7 @@ class UNet(nn.Module):
         timesteps_B: Tensor,
         text_BLD: Tensor,
         pooled_BP: Tensor | None,
-        time_ids_B6: Tensor | None,
+        time_ids_BS: Tensor | None,
     ) -> None:
         """Refuse what would broadcast or be left out without a word."""
         config, batch = self.config, latents_BCHW.shape[0]
@@ -206,10 +216,11 @@ class UNet(nn.Module):
         sized, pooled_width = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
         if sized is None or pooled_width is None:
             _expect("pooled_BP", pooled_BP, None)
-            _expect("time_ids_B6", time_ids_B6, None)
+            _expect("time_ids_BS", time_ids_BS, None)
         else:
-            _expect("pooled_BP", pooled_BP, (batch, pooled_width - 6 * sized))
-            _expect("time_ids_B6", time_ids_B6, (batch, 6))
+            _expect("time_ids_BS", time_ids_BS, (batch, None))
+            sizes = 0 if time_ids_BS is None else time_ids_BS.shape[1]
+            _expect("pooled_BP", pooled_BP, (batch, pooled_width - sizes * sized))
 
     def _checkpointed(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         # Reading the random state costs a call per block; only dropout would draw from it.
@@ -221,16 +232,6 @@ def parameter_count(config: UNetConfig) -> int:
     """Return the number of parameters of `UNet(config)`; takes no memory: it is built on the meta device."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in UNet(config).parameters())
-
-
-def _attention(config: UNetConfig, level: int) -> SpatialTransformer:
-    heads, depth = config.attention_head_dim, config.transformer_layers_per_block
-    return SpatialTransformer(
-        config.block_out_channels[level],
-        heads=heads if isinstance(heads, int) else heads[level],
-        depth=depth if isinstance(depth, int) else depth[level],
-        config=config,
-    )
 
 
 def _straight(block: nn.Module, *inputs: Tensor) -> Tensor:

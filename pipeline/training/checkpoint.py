@@ -1,122 +1,24 @@
-"""Checkpoints: a folder that exists whole or not at all, loads at any world size and stage, and proves its bytes.
+"""Reading checkpoints: the newest that proves its bytes is chosen by all ranks together, and loads anywhere.
 
-`checkpoints/step-XXXXXXXX/` holds one safetensors file a rank (fp32 masters, Adam's moments, EMA: 16 bytes a
-parameter in all) and `checkpoint.json`, written last, with size and sha256 of every file. The rename of the
-finished folder is the commit; no pointer names the newest. No pickle, and no random state: every draw of a step
-is a function of the step (see `train`).
+`manifest` says what a checkpoint is. Its rank files hold fp32 masters, Adam's moments and averages (4 bytes a
+parameter each) at any world size and ZeRO stage. No pickle, and no random state: every draw of a step is a
+function of the step (see `train`).
 """
 
-import json
 import logging
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
-from pipeline.publish import file_digest, json_digest
-from pipeline.training.fragment_file import Stretch, explain_os_error, read_into, read_whole
+from pipeline.training.fragment_file import Stretch, read_into, read_whole
+from pipeline.training.manifest import aside, committed, damaged_files, rank_file, read_manifest
 from pipeline.training.world import World
+from pipeline.training.writer import explain_os_error
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 1
-MANIFEST_NAME = "checkpoint.json"
-ASIDE = "damaged-"
-STEP_NAME = re.compile(r"step-\d{8,}")
-RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
-MANIFEST_FIELDS = frozenset(
-    "step samples applied skipped skipped_in_a_row loss interval ema world_size zero_stage attempt config "
-    "data_digest parameters versions files format digest".split()
-)
-WEIGHT_KINDS = {"ema": "ema", "raw": "master"}
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` finished steps lies."""
-    return checkpoints / f"step-{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the number of finished steps that a checkpoint's folder is named after."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def committed(checkpoints: Path) -> list[Path]:
-    """Return the committed checkpoints, oldest first; temporary and set-aside folders are none."""
-    if not checkpoints.is_dir():
-        return []
-    found = [entry for entry in checkpoints.iterdir() if STEP_NAME.fullmatch(entry.name)]
-    return sorted(found, key=step_of)
-
-
-def aside(checkpoints: Path) -> list[Path]:
-    """Return the damaged checkpoints that an earlier start has set aside: they too say that there was progress."""
-    return sorted(checkpoints.glob(f"{ASIDE}step-*")) if checkpoints.is_dir() else []
-
-
-def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest with format and its own digest."""
-    content = {**manifest, "format": FORMAT}
-    return {**content, "digest": json_digest(content)}
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest of one checkpoint, its digest and file names checked.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another format.
-        OSError: it cannot be read at all, which says nothing about its content.
-    """
-    path = checkpoint / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path}: missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("digest") != json_digest(
-        {name: value for name, value in manifest.items() if name != "digest"}
-    ):
-        raise CheckpointError(f"{path}: its digest does not match its content (damaged or edited)")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {manifest.get('format')!r}, this version reads format {FORMAT}"
-        )
-    lacking = sorted(MANIFEST_FIELDS - manifest.keys())
-    if lacking:
-        raise CheckpointError(f"{path}: lacks {', '.join(lacking)}")
-    names = manifest["files"]
-    if not names or not all(RANK_FILE.fullmatch(name) for name in names):
-        raise CheckpointError(f"{path}: names files that no checkpoint has: {sorted(names)[:5]}")
-    return manifest
-
-
-def damaged_files(checkpoint: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each file of `names` whose size or sha256 is not the manifest's; OSError passes through.
-
-    A wrong hash is read a second time past the page cache: only damage that stays is damage.
-    """
-    for name in names:
-        path, record = checkpoint / name, manifest["files"][name]
-        try:
-            size_bytes = path.stat().st_size
-            if size_bytes != record["bytes"]:
-                yield f"{path}: {size_bytes} bytes instead of {record['bytes']}"
-                continue
-            found = file_digest(path)
-            if found != record["sha256"]:
-                _forget_cache(path)
-                found = file_digest(path)
-        except (FileNotFoundError, NotADirectoryError):
-            yield f"{path}: missing"
-            continue
-        if found != record["sha256"]:
-            yield f"{path}: sha256 {found[:16]} instead of {record['sha256'][:16]}"
 
 
 def choose_checkpoint(checkpoints: Path, world: World) -> tuple[Path, dict[str, Any], list[Path]] | None:
@@ -164,20 +66,29 @@ def newest_checkpoint(checkpoints: Path) -> Path:
 
 
 def load_weights(checkpoint: Path, which: str, *, verified: bool = False) -> dict[str, Tensor]:
-    """Return the whole weights of one checkpoint by name, float32 on the CPU: the EMA ("ema") or the masters ("raw").
+    """Return the whole weights of one checkpoint by name, float32 on the CPU: the masters ("raw") or an average.
 
+    `which` is "raw", "ema" or what else the checkpoint holds, such as "ema-0.999" or "ema-posthoc-0.05".
     Needs neither DeepSpeed nor the world size of the training. Files are hashed first, at about 2 GB/s, unless
     the checkpoint comes straight from `newest_checkpoint` and the caller says `verified`.
 
     Raises:
         CheckpointError: something is missing or damaged.
+        ConfigError: the checkpoint holds no such weights; it says which it does.
     """
     manifest = read_manifest(checkpoint)
+    held = ["raw", *manifest["ema"].get("kinds", ["ema"])]
+    if which not in held:
+        raise ConfigError(
+            f"{checkpoint}: holds no weights {which!r}; it holds {', '.join(held)}; `ldm ema` makes more"
+        )
     names = sorted(manifest["files"])
     problems = [] if verified else list(damaged_files(checkpoint, manifest, names))
     if problems:
         raise CheckpointError("; ".join(problems))
-    return read_whole([checkpoint / name for name in names], WEIGHT_KINDS[which], manifest["parameters"])
+    return read_whole(
+        [checkpoint / name for name in names], "master" if which == "raw" else which, manifest["parameters"]
+    )
 
 
 def load_stretches(
@@ -190,7 +101,7 @@ def load_stretches(
     """
     names = sorted(manifest["files"])
     # At an unchanged world size and stage the rank's own file is all that is opened.
-    mine = f"rank-{world.rank:05d}.safetensors"
+    mine = rank_file(world.rank)
     names.sort(key=lambda name: name != mine)
     problem, unread = "", ""
     try:
@@ -271,18 +182,3 @@ def _verify(checkpoint: Path, world: World) -> tuple[dict[str, Any], list[str]]:
         if report["unread"]:
             raise PipelineError(f"rank {rank}: {report['unread']}; start again when the file system answers")
     return manifest, [line for report in reports for line in report["found"]]
-
-
-def _forget_cache(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def set_aside(damaged: Sequence[Path]) -> None:
-    """Rename damaged checkpoints to `damaged-step-...`: kept for a look, never counted, never in the way."""
-    for checkpoint in damaged:
-        target = checkpoint.with_name(f"{ASIDE}{checkpoint.name}")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(checkpoint, target)
-        logger.warning("%s set aside as %s", checkpoint, target.name)

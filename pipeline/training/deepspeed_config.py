@@ -21,12 +21,15 @@ DERIVED = {
     "gradient_clipping": "optimizer.clip_grad_norm",
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
-    "fp16": "engine.precision (fp16 is not offered: bf16 needs no loss scale)",
+    "fp16.enabled": "engine.precision",
     "bf16.enabled": "engine.precision",
     "bfloat16": "engine.precision",
     "torch_autocast": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
     "activation_checkpointing": "engine.activation_checkpointing",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "compile": "engine.compile",
+    "data_types": "engine.precision",
 }
 REFUSED: dict[str, tuple[Any, str]] = {
     "bf16.check_grad_overflow": (False, "NaN gradients would poison the weights instead of being skipped"),
@@ -36,9 +39,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         True,
         "DeepSpeed 0.19 then names the wrong weights for its shards, and checkpoints would be silently wrong",
     ),
-    "zero_optimization.offload_optimizer.device": (
-        "nvme",
-        "checkpoints and the EMA read the masters in memory",
+    "fp16.fp16_master_weights_and_grads": (True, "checkpoints and the EMA are of fp32 masters"),
+    "zero_force_ds_cpu_optimizer": (
+        True,
+        "DeepSpeed's own Adam is compiled at first use, behind a lock that a killed build leaves for ever",
     ),
 }
 
@@ -62,8 +66,8 @@ def derive_deepspeed_config(
         # At stage 0 DeepSpeed would clip without telling the norm or looking for NaN: the engine does it there. Left
         # out it means 1.0.
         "gradient_clipping": optimizer.clip_grad_norm if engine.zero_stage else 0.0,
-        "zero_optimization": _zero(engine.zero_stage),
-        # If the hatch offloads to the CPU: torch's AdamW, because DeepSpeed's is compiled at first use.
+        "zero_optimization": _zero(engine),
+        # Offloaded too it is torch's AdamW, because DeepSpeed's is compiled at first use.
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
     }
@@ -72,8 +76,15 @@ def derive_deepspeed_config(
         # Sums of many bf16 gradients lose small ones: accumulate and reduce in fp32.
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["communication_data_type"] = "fp32"
+    if engine.precision == "fp16":
+        derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     if engine.precision == "autocast_bf16":
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # No module is safe: left out, DeepSpeed sums the fp32 gradients of linear and convolution layers in bf16.
+        derived["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
     problems = hatch_problems(engine.deepspeed)
     if problems:
         raise ConfigError(problems)
@@ -95,11 +106,13 @@ def hatch_problems(hatch: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _zero(stage: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage}
-    if stage:
+def _zero(engine: EngineConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage:
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
         zero |= {"reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return zero
 
 

@@ -1,5 +1,6 @@
 """What a run says of itself: in every checkpoint, in its folder, and when it is resumed with other settings."""
 
+import json
 import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -7,6 +8,7 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.latents.reader import LatentDataset
+from pipeline.paths import RunPaths
 from pipeline.tracking import redact
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ldm")
@@ -18,9 +20,24 @@ def run_facts(config: RunConfig, dataset: LatentDataset, attempt: str) -> dict[s
         "attempt": attempt,
         "config": redact(config.model_dump(mode="json")),
         "data_digest": dataset.manifest.digest,
+        "scheduler": {
+            "schedule": config.optimizer.schedule,
+            "warmup_steps": config.optimizer.warmup_steps,
+            "learning_rate": config.optimizer.learning_rate,
+            "total_steps": config.train.steps,
+        },
         "zero_stage": config.engine.zero_stage,
         "versions": versions(),
     }
+
+
+def tracker_run_id(paths: RunPaths) -> str | None:
+    """Return the run's id at the tracker, None while there is none or it cannot be read: it is a convenience."""
+    try:
+        run_id = json.loads(paths.mlflow_run.read_text(encoding="utf-8"))["train"]["run_id"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return run_id if isinstance(run_id, str) else None
 
 
 def versions() -> dict[str, str]:

@@ -1,13 +1,6 @@
-"""One rank's fragments as a safetensors file: keys `KIND/NAME/START`, written as a stream, hashed on the way.
+"""One rank's fragments as a safetensors file, keys `KIND/NAME/START`: any cut of the state is read from any other."""
 
-Stock safetensors reads the files. It does not write them: its writer keeps no running hash and answers a full
-disk without the system's words; this one raises the plain OSError and costs one pass over the bytes.
-"""
-
-import errno
-import hashlib
-import json
-import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-
-CHUNK_BYTES = 64 * 2**20
+from pipeline.training.writer import write_file
 
 
 @dataclass(frozen=True)
@@ -39,20 +31,16 @@ class Stretch:
         return f"{self.kind}/{self.name}/{self.start}"
 
 
-def write_stretches(path: Path, stretches: Sequence[Stretch]) -> dict[str, int | str]:
-    """Write the new file at `path`, force it to the disk, and return its {"bytes", "sha256"}.
-
-    The GPU is read a stretch at a time: no second copy of the state is made.
-    """
-    digest = hashlib.sha256()
-    with path.open("xb", buffering=0) as stream:
-        for block in _blocks(stretches):
-            digest.update(block)
-            view = memoryview(block)
-            while view:
-                view = view[stream.write(view) :]
-        os.fsync(stream.fileno())
-        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
+def write_stretches(
+    path: Path, stretches: Sequence[Stretch], stop: threading.Event | None = None
+) -> dict[str, int | str]:
+    """Write stretches in host memory to the new file at `path`, fsynced, and return its {"bytes", "sha256"}."""
+    tensors: dict[str, memoryview] = {}
+    for stretch in stretches:
+        assert stretch.tensor.dtype == torch.float32 and stretch.tensor.ndim == 1, stretch.key
+        assert stretch.key not in tensors, stretch.key
+        tensors[stretch.key] = stretch.tensor.detach().contiguous().numpy().data.cast("B")
+    return write_file(path, tensors, stop)
 
 
 def read_into(paths: Sequence[Path], wanted: Sequence[Stretch]) -> None:
@@ -113,38 +101,3 @@ def _read_overlaps(
                         yield stretch.key, last - first
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a fragment file ({error})") from error
-
-
-def _blocks(stretches: Sequence[Stretch]) -> Iterator[bytes | memoryview]:
-    header: dict[str, dict[str, object]] = {}
-    offset = 0
-    for stretch in stretches:
-        assert stretch.tensor.dtype == torch.float32 and stretch.tensor.ndim == 1, stretch.key
-        assert stretch.tensor.numel(), stretch.key
-        assert stretch.key not in header, stretch.key
-        end = offset + 4 * stretch.tensor.numel()
-        header[stretch.key] = {
-            "dtype": "F32",
-            "shape": [stretch.tensor.numel()],
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for stretch in stretches:
-        payload = stretch.tensor.detach().to("cpu").contiguous().numpy().data.cast("B")
-        for at in range(0, len(payload), CHUNK_BYTES):
-            yield payload[at : at + CHUNK_BYTES]
-
-
-def explain_os_error(error: OSError, path: Path) -> str:
-    """Return one line with the system's words and the path (`path` if the error names none); how much is free if it is full."""
-    where = Path(error.filename or path)
-    words = os.strerror(error.errno) if error.errno else str(error)
-    notes = [error.strerror] if error.strerror and error.strerror != words else []
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        there = next(folder for folder in (where, *where.resolve().parents) if folder.exists())
-        status = os.statvfs(there)
-        notes.append(f"{status.f_bavail * status.f_frsize} bytes free")
-    return f"{words}: {where}" + (f" ({'; '.join(notes)})" if notes else "")

@@ -63,14 +63,17 @@ class Fragments:
             ToolError: DeepSpeed is not a tested version, or its shards are not what this adapter takes them for.
         """
         refuse_untested(DEEPSPEED_VERSION)
-        self._engine = engine
+        self._engine, self._world = engine, world
         network: Any = engine.network.module
         named = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
         self.shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in named}
         self.total = sum(math.prod(shape) for shape in self.shapes.values())
         self.resident = tuple(_resident(engine, named, world))
-        self.owned = tuple(_even_share(self.resident, world) if engine.stage == 0 else self.resident)
+        self.owned = tuple(
+            _even_share(self.resident, world.rank, world.world_size) if engine.stage == 0 else self.resident
+        )
         self._check(named, world)
+        self._make_masters_true()
 
     @property
     def updates(self) -> int:
@@ -84,14 +87,38 @@ class Fragments:
         """Finish a load: set Adam's step count and make the network's weights of the masters just written."""
         for state in self._engine.adamw.state.values():
             state["step"].fill_(float(updates))
+        self.refresh_weights()
+
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        """Make the network's weights of the masters that each rank owns; all ranks together, between two steps.
+
+        As DeepSpeed does after a step. At stage 0 every rank gets what the others own; at stage 3 weights that
+        an earlier forward pass has left gathered are given up first, for they would stay as they were.
+        """
         optimizer: Any = self._engine.network.optimizer
-        if self._engine.stage in (1, 2):
+        if self._engine.stage == 0:
+            for source in range(self._world.world_size):
+                for piece in _even_share(self.resident, source, self._world.world_size):
+                    self._world.send(piece.master, source)
+        elif self._engine.stage in (1, 2):
             optimizer.update_lp_params()
-        elif self._engine.stage == 3:
+        else:
+            optimizer.empty_partition_cache()
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    @torch.no_grad()
+    def _make_masters_true(self) -> None:
+        """Write the fp32 weights that the engine was given into the masters, which DeepSpeed made of rounded ones.
+
+        The network's weights stay what they are: the same numbers, rounded.
+        """
+        weights = self._engine.take_true_weights()
+        for fragment in self.resident if weights else ():
+            fragment.master.copy_(weights[fragment.name].view(-1)[fragment.start : fragment.stop])
 
     def _check(self, named: list[tuple[str, nn.Parameter]], world: World) -> None:
         """Refuse to start when the shards of all ranks are not the model: a wrong checkpoint would be silent."""
@@ -169,10 +196,10 @@ def _cut(
     return Fragment(name, shape, start, master, mean, square)
 
 
-def _even_share(whole: tuple[Fragment, ...], world: World) -> Iterator[Fragment]:
-    """Yield this rank's stretch of all fragments laid end to end: shares differ by at most one element."""
+def _even_share(whole: tuple[Fragment, ...], rank: int, world_size: int) -> Iterator[Fragment]:
+    """Yield the stretch of `rank` of all fragments laid end to end: shares differ by at most one element."""
     total = sum(fragment.master.numel() for fragment in whole)
-    first, last = (total * rank // world.world_size for rank in (world.rank, world.rank + 1))
+    first, last = (total * number // world_size for number in (rank, rank + 1))
     offset = 0
     for fragment in whole:
         start, stop = max(first - offset, fragment.start), min(last - offset, fragment.stop)

@@ -49,14 +49,19 @@ class Stop:
         *,
         stop_file: Path | None = None,
         max_seconds: float | None = None,
+        stacks: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Watch from now on: `max_seconds` counts from here. Only rank 0 looks for the file, once a second."""
+        """Watch from now on: `max_seconds` counts from here. Only rank 0 looks for the file, once a second.
+
+        USR1 writes the stacks to stderr, and adds them to the file `stacks`.
+        """
         self._world, self._clock = world, clock
         self._stop_file = stop_file if world.is_first else None
         self._deadline_seconds = None if max_seconds is None else clock() + max_seconds
         self._looked_seconds = -SECONDS_BETWEEN_LOOKS
         self._signalled = False
+        self._stacks_path, self._stacks = stacks, -1
         self._pending: Pending | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
@@ -90,8 +95,14 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
+            if self._stacks_path is not None:
+                self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._stacks = os.open(self._stacks_path, flags, 0o644)
+            # faulthandler writes from C, at once, to one place; it then passes the signal on to this one.
+            self._previous[STACKS_SIGNAL] = signal.signal(STACKS_SIGNAL, self._add_stacks)
         if sys.__stderr__ is not None:
-            faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True, chain=False)
+            faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True, chain=True)
         return self
 
     def __exit__(
@@ -100,10 +111,17 @@ class Stop:
         if kind is None and self._pending is not None:
             self._pending.wait()
         self._pending = None
+        faulthandler.unregister(STACKS_SIGNAL)
         for number, handler in self._previous.items():
             # None: set by something other than Python, which cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        faulthandler.unregister(STACKS_SIGNAL)
+        if self._stacks >= 0:
+            os.close(self._stacks)
+            self._stacks = -1
+
+    def _add_stacks(self, number: int, frame: FrameType | None) -> None:
+        if self._stacks >= 0:
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:

@@ -17,27 +17,32 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.config_file import dump_config
 from pipeline.data.loader import LatentBatch, LatentLoader
+from pipeline.data.sets import data_digest, open_datasets
 from pipeline.errors import CheckpointError, DataError
 from pipeline.latents.manifest import refuse_mismatch
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.unet import UNet
-from pipeline.paths import RunPaths, dataset_folder
+from pipeline.paths import RunPaths
 from pipeline.progress import Progress, progress_bar
 from pipeline.publish import write_bytes, write_json
 from pipeline.tracking import NoRecords, Records, open_records
+from pipeline.training.care import Care
 from pipeline.training.checkpoint import on_first_rank
 from pipeline.training.ema import Ema
 from pipeline.training.engine import Engine
-from pipeline.training.facts import changed_settings, run_facts
+from pipeline.training.facts import changed_settings, run_facts, tracker_run_id
 from pipeline.training.fragments import Fragments
-from pipeline.training.health import refuse_divergence, suspects
+from pipeline.training.heartbeat import Heartbeat
 from pipeline.training.interval import Interval
 from pipeline.training.learning_rate import learning_rate
-from pipeline.training.save import Checkpoints, RunState
-from pipeline.training.step import Losses, TrainStep
+from pipeline.training.midway import Midway
+from pipeline.training.rollback import beyond, refuse_straddling
+from pipeline.training.save import Checkpoints, RunState, save_plan
+from pipeline.training.snapshots import Snapshots
+from pipeline.training.step import TrainStep
 from pipeline.training.stop import Stop
 from pipeline.training.text import open_text
-from pipeline.training.world import World
+from pipeline.training.world import World, limit_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +70,27 @@ def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> 
     Raises:
         ConfigError, DataError, CheckpointError, DivergedError: what the user can act on.
     """
-    stop = Stop(world, stop_file=paths.stop_file, max_seconds=config.train.max_seconds)
+    stop = Stop(
+        world,
+        stop_file=paths.stop_file,
+        max_seconds=config.train.max_seconds,
+        stacks=paths.stacks(world.rank),
+    )
+    heartbeat = Heartbeat(paths, world.rank, hang_seconds=config.health.hang_seconds)
     with ExitStack() as opened:
-        run = _assemble(config, paths, world, attempt, opened)
+        opened.enter_context(stop)
+        opened.enter_context(heartbeat)
+        with heartbeat.phase("load"):
+            run = _assemble(config, paths, world, attempt, opened)
         state, total, global_batch = run.state, config.train.steps, config.engine.global_batch
-        interval = Interval(world.device, loss_sum=state.interval[0], applied=state.interval[1])
+        interval = _open_interval(run)
         batches = opened.enter_context(closing(_steps(run)))
         records = opened.enter_context(_open_records(config, paths, world, attempt, state.step))
         progress = opened.enter_context(_open_progress(config, world, state.step))
-        opened.enter_context(stop)
+        heartbeat.enter("step")
 
         while state.step < total and not stop.agreed():
+            heartbeat.beat(state.step)
             with interval.waiting():
                 micro_batches = next(batches)
             losses = run.step.accumulate(micro_batches, state.step)
@@ -86,19 +101,36 @@ def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> 
             state.count(outcome.applied, global_batch)
             interval.add(losses.total if outcome.applied else None, global_batch)
             progress.advance()
-            if not outcome.applied:
-                _note_skip(run, micro_batches, losses)
-            if due(state.step, config.train.log_every) or state.step == total:
+            run.care.after_step(state, micro_batches, losses, outcome)
+            at_record = due(state.step, config.train.log_every) or state.step == total
+            if at_record:
                 values = interval.close(world, global_batch, {"text_encoder": run.step.text.take_seconds()})
                 values |= {"grad_norm": float(outcome.grad_norm), "learning_rate": rate}
-                values |= {"ema_decay": run.ema.decay, "skipped": state.skipped}
+                values |= {"ema_decay": run.ema.decay, "skipped": state.skipped, "spikes": run.care.judge()}
+                values |= run.checkpoints.figures()
                 records.log(state.step, values, samples=state.samples)
                 progress.advance(0, loss=values["loss"])
                 state.loss = values["loss"] if math.isfinite(values["loss"]) else None
-            if due(state.step, config.train.checkpoint_every):
-                with interval.paused():
-                    _save(run, interval)
-        if state.step != run.checkpoints.saved_step and not _save(run, interval):
+            if run.care.treat(state, run.checkpoints, records, at_record=at_record):
+                interval = _open_interval(run)
+                continue
+            run.checkpoints.poll()
+            if due(state.step, config.train.checkpoint_every) or run.checkpoints.overdue:
+                with interval.paused(), heartbeat.phase("save"):
+                    run.checkpoints.begin(_state_now(run, interval))
+            if config.ema.posthoc and due(state.step, config.ema.posthoc.snapshot_every):
+                with interval.paused(), heartbeat.phase("save"):
+                    run.snapshots.save(state.step, state.samples)
+            if due(state.step, config.evaluate.every):
+                with interval.paused(), heartbeat.phase("evaluate"):
+                    run.midway.evaluate(state, records)
+            if due(state.step, config.sample.every):
+                with interval.paused(), heartbeat.phase("evaluate"):
+                    run.midway.paint(state, records)
+        heartbeat.beat(state.step)
+        heartbeat.enter("save")
+        run.checkpoints.settle()
+        if state.step != run.checkpoints.saved_step and not run.checkpoints.save(_state_now(run, interval)):
             raise CheckpointError(
                 f"{paths.checkpoints}: the last state, step {state.step}, could not be saved"
             )
@@ -117,50 +149,72 @@ class Run:
     engine: Engine
     ema: Ema
     checkpoints: Checkpoints
+    snapshots: Snapshots
+    midway: Midway
     step: TrainStep
+    care: Care
     state: RunState
 
 
 def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, opened: ExitStack) -> Run:
     """Open the data, build and shard the network, and load the newest checkpoint if there is one."""
-    dataset = _open_dataset(config, paths)
-    opened.callback(dataset.close)
-    loader = _open_loader(config, dataset, world)
+    datasets = _open_datasets(config, paths, world)
+    for dataset in datasets:
+        opened.callback(dataset.close)
+    dataset = datasets[0]  # All have its spec and its encoders, or the loader refuses them.
+    loader = _open_loader(config, datasets, world)
     engine = _build_engine(config, world, loader.micro_batches)
     opened.callback(engine.close)
+    limit_waiting(config.health.collective_seconds)
     fragments = Fragments(engine, world)
     ema = Ema(fragments, config.ema)
-    facts = run_facts(config, dataset, attempt)
+    facts = run_facts(config, dataset, attempt) | {"data_digest": data_digest(datasets, config.data)}
     checkpoints = Checkpoints(
         paths.checkpoints,
         world=world,
         fragments=fragments,
         ema=ema,
         facts=facts,
-        keep_last=config.train.keep_last,
+        plan=save_plan(config.train),
+        tracker_run_id=lambda: tracker_run_id(paths),
     )
+    opened.callback(checkpoints.close)
     state = _resume(checkpoints, facts, paths, world)
     on_first_rank(world, lambda: _describe_run(config, paths, facts["versions"]))
     text = open_text(config, dataset, paths, world.device)
     step = TrainStep(config, world, engine, dataset.spec, text)
-    return Run(config, world, loader, engine, ema, checkpoints, step, state)
+    care = Care(config, paths, world, loader, engine, fragments)
+    care.resume(state)
+    snapshots = Snapshots(
+        paths.averages, world=world, fragments=fragments, ema=ema, facts=facts, fence=checkpoints.fence
+    )
+    midway = Midway(config, paths, world, engine, fragments, ema)
+    return Run(config, world, loader, engine, ema, checkpoints, snapshots, midway, step, care, state)
 
 
-def due(step: int, every: int) -> bool:
-    """Return whether what happens every `every` steps happens after `step` finished steps."""
-    return step % every == 0
+def due(step: int, every: int | None) -> bool:
+    """Return whether what happens every `every` steps (None: never) happens after `step` finished steps."""
+    return every is not None and step % every == 0
 
 
-def _open_dataset(config: RunConfig, paths: RunPaths) -> LatentDataset:
-    folder = dataset_folder(config, paths)
-    dataset = LatentDataset(folder)
-    refuse_mismatch(dataset.manifest, config, folder)
-    return dataset
+def _open_datasets(config: RunConfig, paths: RunPaths, world: World) -> list[LatentDataset]:
+    """Open them on all ranks or fail on all: each rank looks at other shards, and none may wait for one that left."""
+    datasets, said = [], ""
+    try:
+        datasets = open_datasets(config.data, paths.latents, rank=world.rank, world_size=world.world_size)
+    except DataError as error:
+        said = str(error)
+    problems = sorted({part for part in world.gather(said) if part})
+    if problems:
+        raise DataError("; ".join(problems))
+    for dataset in datasets:
+        refuse_mismatch(dataset.manifest, config, dataset.folder)
+    return datasets
 
 
-def _open_loader(config: RunConfig, dataset: LatentDataset, world: World) -> LatentLoader:
+def _open_loader(config: RunConfig, datasets: Sequence[LatentDataset], world: World) -> LatentLoader:
     return LatentLoader(
-        dataset,
+        datasets,
         seed=config.seed,
         engine=config.engine,
         objective=config.objective,
@@ -205,19 +259,32 @@ def _describe_run(config: RunConfig, paths: RunPaths, found: Mapping[str, str]) 
 
 
 def _steps(run: Run) -> Generator[tuple[LatentBatch, ...], None, None]:
-    """Yield the micro-batches of each step; closing it ends the loader's threads."""
-    yield from run.loader.steps(run.state.samples)
+    """Yield the micro-batches of each step, wherever `run.state` stands; closing it ends the loader's threads."""
+    state, global_batch = run.state, run.config.engine.global_batch
+    while True:
+        position = state.samples = beyond(state.samples, state.skipped_ranges)
+        with closing(_stream(run.loader, position)) as stream:
+            for micro_batches in stream:
+                if beyond(state.samples, state.skipped_ranges) != position:
+                    break  # A skipped range begins here, or the run has gone back.
+                refuse_straddling(position, state.skipped_ranges, global_batch)
+                yield micro_batches
+                position += global_batch
 
 
-def _note_skip(run: Run, micro_batches: Sequence[LatentBatch], losses: Losses) -> None:
-    samples = suspects(run.world, micro_batches, losses.per_sample)
-    limit = run.config.train.max_skipped_in_a_row
-    refuse_divergence(run.state.step, run.state.skipped_in_a_row, limit, samples)
+def _stream(loader: LatentLoader, position: int) -> Generator[tuple[LatentBatch, ...], None, None]:
+    yield from loader.steps(position)
 
 
-def _save(run: Run, interval: Interval) -> bool:
+def _open_interval(run: Run) -> Interval:
+    loss_sum, applied = run.state.interval
+    return Interval(run.world.device, loss_sum=loss_sum, applied=applied)
+
+
+def _state_now(run: Run, interval: Interval) -> RunState:
     run.state.interval = interval.to_json()
-    return run.checkpoints.save(run.state)
+    run.care.keep(run.state)
+    return run.state
 
 
 def _result(run: Run, stop: Stop) -> TrainResult:

@@ -84,6 +84,11 @@ class World:
             dist.all_reduce(total, group=self.control)
         return [float(value) for value in total]
 
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Make `tensor`, on this rank's device, on all ranks what it is on the rank `source`, in place."""
+        if self.control is not None:
+            dist.broadcast(tensor, src=source)
+
     def start_max(self, value: int) -> Pending:
         """Begin to agree on the maximum of `value` over all ranks and return at once."""
         mine = torch.tensor([value], dtype=torch.int64)
@@ -145,6 +150,16 @@ def start_world(
             "up, does its name resolve, is the port free and open between the nodes?"
         ) from error
     return World(rank, world_size, local_rank, device, control)
+
+
+def limit_waiting(timeout_seconds: float) -> None:
+    """Let no collective of any group of this process wait longer from now on.
+
+    DeepSpeed makes groups of its own, with torch's 30 minutes: a rank that is stopped would hold the others that long.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def end_world() -> None:

@@ -8,14 +8,12 @@ import pytest
 
 from pipeline.latents.rows import ROW_SCHEMA, read_table
 from pipeline.latents.shard import ShardRecord
-from preprocessing.filters import Rules
 from preprocessing.keys import output_key
 from preprocessing.sources import list_shards
-from preprocessing.worker import ShardJob, encode_shard
 from tests.preprocessing.builders import (
     Files,
     NumpyEncoder,
-    encode_config,
+    encode_one,
     image_file,
     noise,
     pair,
@@ -79,9 +77,7 @@ def shard_record(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardRecord,
     (root / "in").mkdir()
     (root / "in/00000.tar").write_bytes(tar_bytes(files, format=2))  # pax, for the long names
     shard = list_shards(root / "in")[0]
-    rules = Rules.from_config(encode_config(max_captions=2))
-    encoder = NumpyEncoder(max_captions=2)
-    record = encode_shard(ShardJob(shard, 0, {}), encoder, rules, root / "out", lambda count: None)
+    record = encode_one(shard, root / "out", NumpyEncoder(max_captions=2))
     rows = read_table(root / "out/00/00000.parquet", ROW_SCHEMA).to_pylist()
     return record, {row["key"]: row for row in rows}
 
@@ -127,8 +123,7 @@ def test_orphans_and_duplicates(tmp_path: Path) -> None:
         ("two.txt", b"x"),
     ]
     shard = list_shards(write_input(tmp_path / "in", {"00000": files}))[0]
-    rules = Rules.from_config(encode_config())
-    record = encode_shard(ShardJob(shard, 0, {}), NumpyEncoder(), rules, tmp_path / "out", lambda count: None)
+    record = encode_one(shard, tmp_path / "out")
     assert record.counts.rejected == {"duplicate_field": 1, "duplicate_key": 1, "orphan": 2}
     (row,) = [
         r

@@ -9,14 +9,11 @@ import pytest
 from PIL import Image
 
 from pipeline.latents.rows import ROW_SCHEMA, read_table
-from preprocessing.filters import Rules
 from preprocessing.sources import list_shards
-from preprocessing.worker import ShardJob, encode_shard
 from tests.preprocessing.builders import (
     POISON,
     Files,
-    NumpyEncoder,
-    encode_config,
+    encode_one,
     image_file,
     noise,
     solid,
@@ -130,8 +127,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
         file for key, image, _ in CASES for file in ((f"{key}.png", image), (f"{key}.txt", key.encode()))
     ]
     shard = list_shards(write_input(root / "in", {"00000": files}))[0]
-    rules = Rules.from_config(encode_config(min_side=64, max_pixels=16_000_000))
-    record = encode_shard(ShardJob(shard, 0, {}), NumpyEncoder(), rules, root / "out", lambda count: None)
+    record = encode_one(shard, root / "out", min_side=64, max_pixels=16_000_000)
     assert record.counts.read == len(CASES) and record.counts.unaccounted == 0
     assert record.counts.failed == {}
     assert record.extra["remarks"]["animated"] == 2
@@ -169,6 +165,5 @@ def test_encapsulated_postscript_never_reaches_a_program(
         ("b.txt", b"x"),
     ]
     shard = list_shards(write_input(tmp_path / "in", {"00000": files}))[0]
-    rules = Rules.from_config(encode_config())
-    record = encode_shard(ShardJob(shard, 0, {}), NumpyEncoder(), rules, tmp_path / "out", lambda count: None)
+    record = encode_one(shard, tmp_path / "out")
     assert record.counts.rejected == {"format": 2}

@@ -19,8 +19,9 @@ from pipeline.paths import RunPaths
 from pipeline.training import deepspeed_config
 from pipeline.training import save as save_module
 from pipeline.training import train as train_module
-from pipeline.training.checkpoint import step_folder
-from pipeline.training.save import Checkpoints
+from pipeline.training.manifest import step_folder
+from pipeline.training.retention import Retention
+from pipeline.training.save import Checkpoints, Plan
 from pipeline.training.world import World, end_world, start_world
 
 STEPS = 6
@@ -126,12 +127,12 @@ def run_with_full_disk(world: World, root: str, name: str, failures: list[int], 
     """Train while the disk of rank 1 is full at some saves, counted from 0."""
     plain, count = save_module.write_stretches, {"saves": 0}
 
-    def write(path: Path, stretches: Any) -> Any:
+    def write(path: Path, stretches: Any, *rest: Any) -> Any:
         count["saves"] += 1
         if world.rank == 1 and count["saves"] - 1 in failures:
             path.write_bytes(b"half a file")
             raise OSError(28, "No space left on device", str(path))
-        return plain(path, stretches)
+        return plain(path, stretches, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_module, "write_stretches", write)
@@ -176,7 +177,7 @@ def reshard(world: World, root: str, name: str, to: str, **sections: Any) -> dic
             fragments=old._fragments,
             ema=run.ema,
             facts=old._facts,
-            keep_last=2,
+            plan=Plan(Retention(2)),
         )
         fresh.resume()
         fresh.save(run.state)

@@ -24,9 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for stage, precisions in PRECISIONS.items()
     for precision in precisions
 }
-OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 SETTINGS["zero2-offload"] = {
-    "engine": {"zero_stage": 2, "precision": "fp32", "deepspeed": OFFLOAD},
+    "engine": {"zero_stage": 2, "precision": "fp32", "offload_optimizer": True},
     "model": DROPOUT,
 }
 STOPS = dict.fromkeys(SETTINGS, (3,)) | {"zero1-fp32": (1, 3, 4), "zero1-bf16": (1, 4)}
@@ -105,10 +104,10 @@ def accidents() -> Orders:
     """Kills, damage, full disks, divergence and requests to stop, in two processes."""
     rare = {"log_every": 4, "checkpoint_every": 2}
     full = {"checkpoint_every": 1, "keep_last": 2}
-    nan = {"rank": 1, "at_steps": [2, 3, 4], "train": {"max_skipped_in_a_row": 3}}
+    nan = {"rank": 1, "at_steps": [2, 3, 4], "health": {"max_skipped_in_a_row": 3}}
     return {
         "rare": ("run", {"name": "rare", "train": rare}),
-        "killed-begun": ("run_killed", {"name": "killed", "at_step": 3, "train": rare}),
+        "killed-begun": ("run_killed", {"name": "killed", "at_step": 4, "train": rare}),
         "killed": ("run", {"name": "killed", "attempt": "a2", "train": rare}),
         "damaged-begun": ("run", {"name": "damaged"}),
         "damage": ("flip_bit", {"name": "damaged", "step": STEPS, "file": "rank-00001.safetensors"}),

@@ -2,13 +2,15 @@
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.latents.manifest import SEGMENTS_NAME, SHARDS_NAME, Manifest
 from pipeline.latents.record import json_length, npy_bytes, padded_json, stride_bytes
-from pipeline.latents.rows import SHARD_SCHEMA, write_table
+from pipeline.latents.rows import ROW_SCHEMA, SHARD_SCHEMA, write_table
 from pipeline.latents.segments import segments_array
 from pipeline.latents.shard import Counts, Segment, shard_path
 from pipeline.latents.spec import LatentSpec, Member
@@ -55,6 +57,14 @@ def build_dataset(
                 _add(stream, f"{record['key']}.{member.name}.npy", npy_bytes(arrays[member.name]))
             _add(stream, f"{record['key']}.json", padded_json(record, json_bytes))
     stride = stride_bytes(spec.members(BUCKET), json_bytes)
+    content = tar.read_bytes()
+    rows: list[dict[str, Any]] = [
+        dict.fromkeys(ROW_SCHEMA.names)
+        | {"key": record["key"], "status": "written", "split": "train", "offset": number * stride}
+        | {"crc32": zlib.crc32(content[number * stride : (number + 1) * stride])}
+        for number, record in enumerate(records)
+    ]
+    write_table(tar.with_suffix(".parquet"), rows, ROW_SCHEMA)
     segment = Segment(0, "train", *BUCKET, json_bytes, 0, samples, stride, 0)
     np.save(folder / SEGMENTS_NAME, segments_array([segment]), allow_pickle=False)
     row = {"name": "00000", "samples": samples, "bytes": tar.stat().st_size, "digest": file_digest(tar)}

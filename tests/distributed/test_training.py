@@ -67,7 +67,7 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(results: Results, name
 
 
 def test_killed_within_an_interval_of_records_is_uninterrupted(results: Results) -> None:
-    """A record every 4 steps, killed in step 4, resumed from step 2: the mean over steps 1 to 4 is the same."""
+    """A record every 4 steps, killed in step 5, resumed from step 2: the mean over steps 1 to 4 is the same."""
     assert results.by_case["killed-begun"] == ["killed", "killed"]
     assert file_digests(results, "killed", STEPS) == file_digests(results, "rare", STEPS)
     assert stream(results, "killed") == stream(results, "rare")
@@ -92,8 +92,6 @@ def test_sharded_average_is_the_average_of_the_whole_masters(results: Results, n
     config = make_config(results.root, name, **SETTINGS[name])
     torch.manual_seed(config.seed)
     average = {key: value.clone() for key, value in UNet(config.model).state_dict().items()}
-    if config.engine.precision == "bf16":
-        average = {key: value.bfloat16().float() for key, value in average.items()}
     checkpoints = committed(paths_of(results.root, f"{name}-straight").checkpoints)
     assert len(checkpoints) == STEPS
     for updates, checkpoint in enumerate(checkpoints):
@@ -192,7 +190,8 @@ def test_nan_on_one_rank_skips_the_step_on_all(results: Results, name: str) -> N
     assert file_digests(results, name, 4) != file_digests(results, name, 3)
     for answer in results.by_case[name]:
         assert answer["step"] == STEPS
-        assert any("step 3: gradients not finite" in line for line in answer["said"]), answer["said"]
+    said = results.by_case[name][0]["said"]
+    assert any("step 3: gradients not finite" in line for line in said), said
     records = {record["step"]: record for record in stream(results, name)}
     assert records[3]["loss"] is None and records[4]["loss"] is not None
     assert [records[step]["skipped"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]
@@ -218,7 +217,7 @@ def test_three_nan_steps_in_a_row_end_the_run_and_name_the_samples(results: Resu
     for answer in results.by_case["diverged"]:
         assert (answer["error"], answer["code"]) == ("DivergedError", 5)
         assert "step 5:" in answer["said"] and "3 of at most 3" in answer["said"]
-        assert f"samples {', '.join(map(str, guilty))} of" in answer["said"]
+        assert f"samples {', '.join(f'k{index:06d}' for index in guilty)} of" in answer["said"]
 
 
 def test_one_flipped_bit_falls_back_to_the_checkpoint_before(results: Results) -> None:
@@ -297,6 +296,7 @@ def test_resume_refuses_another_model_and_other_data_and_says_what_changed(resul
     assert any("optimizer.learning_rate: 0.002 -> 0.0001" in line for line in changed["said"])
 
 
+@pytest.mark.covers("F6")
 def test_term_to_one_rank_saves_once_on_all_and_the_run_can_go_on(tmp_path: Path) -> None:
     build_dataset(tmp_path / "latents", 30)
     train = {"steps": 100_000, "checkpoint_every": 100_000}

@@ -156,6 +156,7 @@ def test_a_rank_that_ignores_the_end_is_killed(
     assert "rank 0 still runs and is killed" in errors
 
 
+@pytest.mark.covers("F1")
 def test_the_killed_rank_is_blamed_not_its_peers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # Rank 0 loses its connection and leaves before the kernel has reported the killed one.
     body = """
@@ -171,6 +172,7 @@ os.kill(os.getpid(), signal.SIGKILL) if RANK == 1 else time.sleep(60)
     assert errors.count("failed first") == 1
 
 
+@pytest.mark.covers("F15")
 def test_a_segfault_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = "os.kill(os.getpid(), signal.SIGSEGV)"
     assert run_local(rank_command(body, tmp_path), 1, threads=1) == 128 + signal.SIGSEGV
@@ -248,6 +250,7 @@ def test_a_stop_reaches_every_rank_and_75_comes_back(name: str, launcher: Callab
     assert sorted(file.name for file in tmp_path.glob("got-*")) == [f"got-{rank}-{name}" for rank in range(3)]
 
 
+@pytest.mark.covers("F10")
 def test_the_second_interrupt_ends_at_once(launcher: Callable, tmp_path: Path) -> None:
     body = "signal.signal(signal.SIGINT, lambda *_: open(f'{HERE}/got-{RANK}', 'w')); meet('up')\n"
     process = launcher(body + "while True: time.sleep(1)", 2)
@@ -260,6 +263,7 @@ def test_the_second_interrupt_ends_at_once(launcher: Callable, tmp_path: Path) -
     assert not any(is_alive(pid) for pid in ranks)
 
 
+@pytest.mark.covers("F4")
 def test_a_killed_launcher_leaves_no_orphan(launcher: Callable, tmp_path: Path) -> None:
     body = """
 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

@@ -46,7 +46,7 @@ def trained(run: TinyRun) -> TrainedNetwork:
 
 
 def losses(trained: TrainedNetwork, dataset: LatentDataset, batch: int = 64, **text: Any) -> np.ndarray:
-    evaluator = Evaluator(trained, dataset, text.get("encoder"))
+    evaluator = Evaluator.of(trained, dataset, text.get("encoder"))
     return evaluator.losses(len(dataset), TIMESTEPS, batch, Progress(0))
 
 
@@ -147,13 +147,13 @@ def test_evaluation_of_a_run(run: TinyRun) -> None:
     dataset = LatentDataset(run.paths.latents, "validation")
     for weights in ("raw", "ema"):
         trained = TrainedNetwork.newest(run.paths, weights, "cpu")  # type: ignore[arg-type]
-        expected = Evaluator(trained, dataset, None).losses(3, result["timesteps"], 64, Progress(0))
+        expected = Evaluator.of(trained, dataset, None).losses(3, result["timesteps"], 64, Progress(0))
         assert result[weights]["loss"] == pytest.approx(expected.mean(), rel=1e-5)
         assert result[weights]["loss_by_timestep"] == pytest.approx(expected.mean(axis=0), rel=1e-5)
     assert result["raw"]["loss"] != result["ema"]["loss"]
     (record,) = read_records(run.paths.metrics, "evaluate")
-    assert record["validation_loss_ema"] == result["ema"]["loss"]
-    assert record["validation_loss_raw/t0375"] == result["raw"]["loss_by_timestep"][1]
+    assert record["val_loss_ema"] == result["ema"]["loss"]
+    assert record["val_loss_raw/t0375"] == result["raw"]["loss_by_timestep"][1]
 
 
 def test_a_second_evaluation_is_the_same(run: TinyRun) -> None:

@@ -12,8 +12,13 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import EncodeConfig
+from pipeline.latents.shard import ShardRecord
 from pipeline.latents.spec import LatentSpec
-from preprocessing.encoded import EncodedBatch, fill_captions, stored_arrays
+from preprocessing.ahead import Decoders
+from preprocessing.encoded import EncodedBatch, EncodedText, fill_captions, stored_arrays
+from preprocessing.filters import Rules
+from preprocessing.samples import InputShard
+from preprocessing.worker import EncoderTurn, ShardJob, encode_shard
 
 POISON = (1, 2, 3)
 """A picture of only this colour makes the encoder return NaN."""
@@ -122,10 +127,13 @@ class NumpyEncoder:
         digests = {name: hashlib.sha256(f"{name} {self.weights}".encode()).hexdigest() for name in names}
         return {"encoder": {**digests, "precision": "fp32", "device": "cpu"}, "versions": {"numpy": "2"}}
 
+    def release_memory(self) -> None:
+        """Nothing is cached."""
+
     def moments(self, image: np.ndarray) -> np.ndarray:
         """Return float32 [6, S/4, S/4]: the mean colour of each 4 x 4 square in [-1, 1], and its negative less 3."""
-        side = image.shape[0] // 4
-        pooled = image.reshape(side, 4, side, 4, 3).mean(axis=(1, 3)).transpose(2, 0, 1) / 127.5 - 1
+        height, width = image.shape[0] // 4, image.shape[1] // 4
+        pooled = image.reshape(height, 4, width, 4, 3).mean(axis=(1, 3)).transpose(2, 0, 1) / 127.5 - 1
         return np.concatenate([pooled, -pooled - 3]).astype(np.float32)
 
     def tokens(self, caption: str) -> np.ndarray:
@@ -149,5 +157,18 @@ class NumpyEncoder:
         text = None
         if self.spec.text == "embeddings":
             text = np.array([[self.text_states(row) for row in sample] for sample in rows])
-        arrays, problems = stored_arrays(self.spec, moments, text, tokens)
-        return EncodedBatch(arrays, problems, np.array([max(map(len, given)) > 4 for given in captions]))
+        arrays, problems = stored_arrays(self.spec, moments, EncodedText(tokens, text))
+        truncated = np.array([max(map(len, given)) > 4 for given in captions])
+        return EncodedBatch(arrays, problems, truncated, np.zeros(len(images_BHWC), bool))
+
+
+def encode_one(
+    shard: InputShard, out: Path, encoder: NumpyEncoder | None = None, **changes: Any
+) -> ShardRecord:
+    """Encode one shard into `out` with the real worker, nothing kept for validation; return its marker."""
+    encoder = encoder or NumpyEncoder()
+    rules = Rules.from_config(encode_config(max_captions=encoder.spec.max_captions, **changes))
+    with Decoders(1, ahead=8) as decoders:
+        return encode_shard(
+            ShardJob(shard, 0, {}), EncoderTurn(encoder), decoders, rules, out, lambda count: None
+        )

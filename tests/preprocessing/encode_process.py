@@ -17,6 +17,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.modules["torch"] = None  # type: ignore[assignment]  # webdataset would load it for its own use
 
+from pipeline.publish import TEMPORARY_MARK
 from preprocessing.encoded import EncodedBatch
 from preprocessing.roster import Work, encode_shards
 from preprocessing.sources import list_shards
@@ -45,7 +46,8 @@ def contents(out: Path) -> dict[str, Any]:
     """Return every finished file of the data set; of markers all but what may differ between runs."""
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
+        hidden = any(part.startswith(".") for part in path.relative_to(out).parts)
+        if path.is_file() and not hidden:
             found[str(path.relative_to(out))] = path.read_bytes()
             if path.suffix == ".json":
                 found[str(path.relative_to(out))] = {
@@ -106,10 +108,11 @@ def sweep(source: Path, work: Path) -> dict[str, int]:
             return {"kills": kills, "leftovers": leftovers}
         assert ended == -signal.SIGKILL, ended
         kills += 1
-        leftovers += any(path.name.startswith(".") for path in out.rglob("*"))
+        leftovers += any(TEMPORARY_MARK in path.name for path in out.rglob("*"))
         assert in_child(lambda out=out: encode(source, out)) == 0  # type: ignore[misc]
         assert contents(out) == straight, f"after kill {number} the data set differs"
-        assert not any(path.name.startswith(".") for path in out.rglob("*")), f"kill {number} left something"
+        left = [path for path in out.rglob("*") if TEMPORARY_MARK in path.name or path.suffix == ".lease"]
+        assert not left, f"kill {number} left {left}"
     raise AssertionError("never came to an end")
 
 

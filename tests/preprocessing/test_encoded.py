@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
-from preprocessing.encoded import fill_captions, stored_arrays, stored_tokens
+from preprocessing.encoded import EncodedText, fill_captions, stored_arrays, stored_tokens
 from tests.preprocessing.builders import NumpyEncoder
 
 SPEC = NumpyEncoder().spec
@@ -20,7 +20,7 @@ def moments(seed: int = 0) -> np.ndarray:
 
 def test_values_are_rounded_to_the_nearest_half() -> None:
     given = moments()
-    arrays, problems = stored_arrays(SPEC, given, TEXT, TOKENS)
+    arrays, problems = stored_arrays(SPEC, given, EncodedText(TOKENS, TEXT))
     assert problems == (None, None, None)
     assert {name: array.dtype.str for name, array in arrays.items()} == {
         "latent": "<f2",
@@ -33,7 +33,7 @@ def test_values_are_rounded_to_the_nearest_half() -> None:
 
 def test_means_only() -> None:
     spec = dataclasses.replace(SPEC, latent="mean", text="tokens")
-    arrays, _ = stored_arrays(spec, moments(), None, TOKENS)
+    arrays, _ = stored_arrays(spec, moments(), EncodedText(TOKENS))
     assert list(arrays) == ["latent", "tokens"]
     assert np.array_equal(arrays["latent"], moments()[:, :3].astype(np.float16))
 
@@ -43,7 +43,7 @@ def test_logvar_is_clamped_and_means_are_not() -> None:
     given[:, :3] = 100
     given[0, 3:] = -1000
     given[1, 3:] = 1000
-    latent = stored_arrays(SPEC, given, TEXT, TOKENS)[0]["latent"]
+    latent = stored_arrays(SPEC, given, EncodedText(TOKENS, TEXT))[0]["latent"]
     assert (latent[:, :3] == 100).all() and (latent[0, 3:] == -30).all() and (latent[1, 3:] == 20).all()
 
 
@@ -52,7 +52,7 @@ def test_logvar_is_clamped_and_means_are_not() -> None:
 def test_one_bad_value_rejects_that_sample_alone(bad: float, channel: int) -> None:
     given = moments()
     given[1, channel, 2, 3] = bad
-    _, problems = stored_arrays(SPEC, given, TEXT, TOKENS)
+    _, problems = stored_arrays(SPEC, given, EncodedText(TOKENS, TEXT))
     clamped = channel == 5 and bad == 1e6
     assert problems == (None, None if clamped else "nonfinite_latent", None)
 
@@ -61,7 +61,7 @@ def test_one_bad_value_rejects_that_sample_alone(bad: float, channel: int) -> No
 def test_text_states_are_judged_after_the_cast(bad: float) -> None:
     text = TEXT.copy()
     text[2, 0, 1, 1] = bad
-    assert stored_arrays(SPEC, moments(), text, TOKENS)[1] == (None, None, "nonfinite_text")
+    assert stored_arrays(SPEC, moments(), EncodedText(TOKENS, text))[1] == (None, None, "nonfinite_text")
 
 
 def test_tokens_must_fit() -> None:

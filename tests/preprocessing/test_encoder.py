@@ -43,7 +43,7 @@ def test_batches_are_always_full() -> None:
         "text": 1,
         "tokens": 1,
     }
-    assert (len(encoded.problems), len(encoded.truncated)) == (1, 1)
+    assert (len(encoded.problems), len(encoded.truncated), len(encoded.retried)) == (1, 1, 1)
 
 
 def test_tokens_alone_run_no_text_tower() -> None:
@@ -55,7 +55,7 @@ def test_tokens_alone_run_no_text_tower() -> None:
 
 
 def test_picture_size_must_fit_the_autoencoder() -> None:
-    with pytest.raises(ConfigError, match=r"image_size 18 .* downsampling 4"):
+    with pytest.raises(ConfigError, match=r"image_size: 18x18 pixels; sides must be multiples of 4"):
         PairEncoder(StubAutoencoder(), StubTextEncoder(), encode_config(image_size=18))
 
 
@@ -78,3 +78,41 @@ def test_real_models_give_a_sample_the_same_bytes_beside_any_neighbours(tmp_path
             assert np.array_equal(alone.arrays[name][0], array[place]), name
     straight = autoencoder.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).numpy()
     assert np.array_equal(together.arrays["latent"], straight.astype(np.float16))
+
+
+class HalfAutoencoder(StubAutoencoder):
+    """Overflows on bright pictures, as SDXL's autoencoder does in fp16; its fp32 twin does not."""
+
+    def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        moments = super().encode(images_BCHW)
+        moments[images_BCHW.amax(dim=(1, 2, 3)) > 0.9] = torch.inf
+        return moments
+
+    def in_fp32(self) -> StubAutoencoder:
+        return StubAutoencoder()
+
+
+class HopelessAutoencoder(HalfAutoencoder):
+    def in_fp32(self) -> "HopelessAutoencoder":
+        return self
+
+
+def test_what_overflows_is_computed_again_in_fp32_and_recorded() -> None:
+    images = np.stack([noise(seed, 16, 16) // 2 for seed in range(4)])
+    images[2, 0, 0] = 255
+    exact = PairEncoder(StubAutoencoder(), StubTextEncoder(), encode_config()).encode(images, CAPTIONS)
+    half = PairEncoder(HalfAutoencoder(), StubTextEncoder(), encode_config()).encode(images, CAPTIONS)
+    assert np.array_equal(half.arrays["latent"], exact.arrays["latent"]) and half.problems == (None,) * 4
+    assert half.retried.tolist() == [False, False, True, False]
+    assert half.remarks(2) == ("truncated_caption", "fp32_retry") and half.remarks(0) == ()
+    lost = PairEncoder(HopelessAutoencoder(), StubTextEncoder(), encode_config()).encode(images, CAPTIONS)
+    assert lost.problems == (None, None, "nonfinite_latent", None) and not lost.retried.any()
+
+
+def test_buckets_must_fit_the_autoencoder_and_are_encoded_in_their_shape() -> None:
+    encode = encode_config(buckets=[[16, 32], [8, 18]])
+    with pytest.raises(ConfigError, match=r"encode.buckets: 8x18 pixels; sides must be multiples of 4"):
+        PairEncoder(StubAutoencoder(), StubTextEncoder(), encode)
+    encoder = PairEncoder(StubAutoencoder(), StubTextEncoder(), encode_config(buckets=[[16, 32]]))
+    found = encoder.encode(np.stack([noise(0, 16, 32)]), CAPTIONS[:1])
+    assert found.arrays["latent"].shape == (1, 6, 4, 8)

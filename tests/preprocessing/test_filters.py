@@ -1,110 +1,16 @@
-"""Captions are cleaned the same way every time, and whatever is refused has a name."""
+"""Which samples are used: sizes, and declarative conditions on the columns of the input, each with its reason."""
 
 import json
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from preprocessing.filters import (
-    MAX_CAPTION_CHARACTERS,
-    Captions,
-    Rejection,
-    Rules,
-    captions_of,
-    clean_caption,
-    size_problem,
-)
-from preprocessing.sources import RawSample
-from tests.preprocessing.builders import encode_config
-
-
-def captions(
-    text: bytes | None = None, described: object = None, max_captions: int = 1
-) -> Captions | Rejection:
-    stored = described if isinstance(described, bytes) else json.dumps(described).encode()
-    raw = RawSample("k", "k", "s", text=text, json=None if described is None else stored)
-    return captions_of(raw, max_captions)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (b"a cat", "a cat"),
-        (b"  a \t cat\r\n", "a cat"),
-        (b"\xef\xbb\xbfa cat", "a cat"),
-        ("cafe\u0301".encode(), "café"),
-        (b"salt &amp; pepper &lt;3", "salt & pepper <3"),
-        (b"&amp;lt;", "&lt;"),
-        ("👩‍🚀 مرحبا 猫 a\u200bb".encode(), "👩‍🚀 مرحبا 猫 a\u200bb"),
-        (b"bell\x07s", "bell s"),
-    ],
-)
-def test_cleaning(text: bytes, expected: str) -> None:
-    assert captions(text) == Captions((expected,), ())
-
-
-@given(st.text())
-def test_cleaned_text_is_plain(text: str) -> None:
-    cleaned = clean_caption(text)
-    assert cleaned == " ".join(cleaned.split())
-    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in cleaned)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (b"", "empty_caption"),
-        (b" \n\t", "empty_caption"),
-        (b"\xff\xfea\0", "encoding"),
-        (b"caf\xe9", "encoding"),
-        (b"a\0b", "encoding"),
-    ],
-)
-def test_texts_that_are_refused(text: bytes, reason: str) -> None:
-    assert captions(text) == Rejection(reason)
-
-
-@pytest.mark.parametrize(
-    ("described", "reason"),
-    [
-        (b"", "bad_json"),
-        (b"{", "bad_json"),
-        (b"[" * 100_000, "bad_json"),
-        (b'{"caption": ' + b"9" * 5000 + b"}", "bad_json"),
-        ([], "bad_json"),
-        ({}, "no_caption"),
-        ({"caption": None}, "no_caption"),
-        ({"caption": 3}, "caption_type"),
-        ({"caption": {"en": "x"}}, "caption_type"),
-        ({"caption": ["x", 3]}, "caption_type"),
-        ({"caption": []}, "empty_caption"),
-        ({"caption": "\ud800"}, "encoding"),
-        ({"caption": "a\0b"}, "encoding"),
-        (b'{"caption": "caf\xe9"}', "encoding"),
-    ],
-)
-def test_json_that_is_refused(described: object, reason: str) -> None:
-    assert captions(None, described) == Rejection(reason)
-
-
-def test_the_text_file_goes_before_json() -> None:
-    assert captions(b"text", {"caption": "json"}) == Captions(("text",), ())
-    assert captions(None, {"caption": "json"}) == Captions(("json",), ())
-    assert captions(b"", {"caption": "json"}) == Rejection("empty_caption")
-    assert captions(None, None) == Rejection("no_caption")
-
-
-def test_several_captions_are_kept_in_order_and_surplus_is_counted() -> None:
-    described = {"caption": ["one", " ", "two", "one ", "three"]}
-    assert captions(None, described, 3) == Captions(("one", "two", "three"), ())
-    assert captions(None, described, 2) == Captions(("one", "two"), ("surplus_captions",))
-
-
-def test_a_book_as_caption_is_cut_and_counted() -> None:
-    found = captions(b"word " * 20_000)
-    assert isinstance(found, Captions) and found.remarks == ("cut_caption",)
-    assert len(found.kept[0]) <= MAX_CAPTION_CHARACTERS and ("word " * 20_000).startswith(found.kept[0])
+from pipeline.errors import DataError
+from preprocessing.filters import Rejection, Rules, column_problem, size_problem
+from preprocessing.images import PreparedSample, prepare_sample
+from preprocessing.samples import RawSample
+from tests.preprocessing.builders import encode_config, image_file, noise
 
 
 @pytest.mark.parametrize(
@@ -127,6 +33,99 @@ def test_sizes(height: int, width: int, expected: str | None) -> None:
 
 
 def test_rules_survive_json() -> None:
-    rules = Rules.from_config(encode_config(background=[1, 2, 3]))
+    encode = encode_config(
+        background=[1, 2, 3],
+        buckets=[[16, 32], [32, 16]],
+        filters=[
+            {"column": "a", "reason": "low_a", "min": 5},
+            {"column": "b", "reason": "other_b", "one_of": ["x", 1]},
+        ],
+    )
+    rules = Rules.from_config(encode)
     stored = json.loads(json.dumps({**rules.as_dict(), "batch": 4}))
     assert Rules.from_dict(stored) == rules
+
+
+def test_rules_of_an_older_data_set_have_the_defaults() -> None:
+    rules = Rules.from_config(encode_config())
+    names = ("image_size", "background", "min_side", "max_aspect", "max_pixels", "max_captions")
+    assert Rules.from_dict({name: rules.as_dict()[name] for name in names}) == rules
+
+
+def verdict(value: Any, **rule: Any) -> str | None:
+    filters = Rules.from_config(
+        encode_config(filters=[{"column": "score", "reason": "broken", **rule}])
+    ).filters
+    return column_problem({"score": value}, filters, "s: k")
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "expected"),
+    [
+        (5.0, {"min": 5.0}, None),
+        (4.99, {"min": 5.0}, "broken"),
+        (7, {"min": 5, "max": 6}, "broken"),
+        ("5.5", {"min": 5}, None),  # a CSV cell
+        ("many", {"min": 5}, "column_type"),
+        (True, {"min": 0}, "column_type"),
+        ([1], {"max": 3}, "column_type"),
+        (float("nan"), {"min": 5}, "broken"),
+        (float("nan"), {"max": 5}, "broken"),
+        ("UNLIKELY", {"equals": "UNLIKELY"}, None),
+        ("NSFW", {"equals": "UNLIKELY"}, "broken"),
+        (1, {"equals": True}, "broken"),
+        ("3", {"equals": 3}, None),
+        ("en", {"one_of": ["de", "en"]}, None),
+        ("fr", {"one_of": ["de", "en"]}, "broken"),
+        (None, {"min": 1}, "absent_column"),
+        (None, {"min": 1, "absent": "keep"}, None),
+    ],
+)
+def test_conditions(value: Any, rule: dict[str, Any], expected: str | None) -> None:
+    assert verdict(value, **rule) == expected
+
+
+def test_an_absent_column_can_be_an_error_that_names_what_is_there() -> None:
+    rules = Rules.from_config(
+        encode_config(filters=[{"column": "aesthetic", "reason": "ugly", "min": 1, "absent": "error"}])
+    )
+    raw = RawSample("k", "k", "00000.tar", image=image_file(noise(0)), text=b"x", columns={"aesthetics": 3})
+    with pytest.raises(DataError, match=r"00000.tar: k: no column 'aesthetic' among \['aesthetics'\]"):
+        prepare_sample(raw, rules)
+
+
+def test_filters_see_json_and_table_and_the_first_broken_one_names_the_reason() -> None:
+    encode = encode_config(
+        filters=[
+            {"column": "similarity", "reason": "low_similarity", "min": 0.3},
+            {"column": "NSFW", "reason": "nsfw", "one_of": ["UNLIKELY", "UNSURE"]},
+        ]
+    )
+    rules = Rules.from_config(encode)
+
+    def outcome(json_: bytes | None, **columns: Any) -> object:
+        raw = RawSample("k", "k", "s", image=image_file(noise(0)), text=b"x", json=json_, columns=columns)
+        found = prepare_sample(raw, rules)
+        return "kept" if isinstance(found, PreparedSample) else found
+
+    good = json.dumps({"similarity": 0.4, "NSFW": "UNLIKELY"}).encode()
+    assert outcome(good) == "kept"
+    assert outcome(None, similarity=0.4, NSFW="UNSURE") == "kept"
+    assert outcome(b'{"NSFW": "NSFW"}', similarity=0.1) == Rejection("low_similarity")
+    assert outcome(b'{"NSFW": "NSFW"}', similarity=0.9) == Rejection("nsfw")
+    assert outcome(b"{") == Rejection("bad_json")
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"column": "a", "reason": "r"}, "no condition"),
+        ({"column": "a", "reason": "r", "min": 2, "max": 1}, "keeps nothing"),
+        ({"column": "a", "reason": "Not Good", "min": 2}, "reason"),
+        ({"column": "a", "reason": "r", "minimum": 2}, "minimum"),
+        ({"column": "a", "min": 2}, "reason"),
+    ],
+)
+def test_a_filter_that_says_nothing_is_refused(rule: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        encode_config(filters=[rule])

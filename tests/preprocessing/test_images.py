@@ -2,16 +2,17 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from preprocessing.filters import Failure, Rejection, Rules
 from preprocessing.images import (
     ORIENTATION_TAG,
+    Picture,
     PreparedSample,
-    Square,
     png_bytes,
     prepare_image,
     prepare_sample,
@@ -22,9 +23,9 @@ from tests.preprocessing.builders import encode_config, image_file, noise, solid
 SIDE = 16
 
 
-def square(payload: bytes, **changes: object) -> Square:
+def square(payload: bytes, **changes: object) -> Picture:
     found = prepare_image(payload, Rules.from_config(encode_config(image_size=SIDE, **changes)))
-    assert isinstance(found, Square), found
+    assert isinstance(found, Picture), found
     assert found.pixels.dtype == np.uint8 and found.pixels.shape == (SIDE, SIDE, 3)
     return found
 
@@ -107,7 +108,7 @@ def test_real_emoji_have_white_corners() -> None:
                 continue
             dropped.append(image.convert("RGB").getpixel((0, 0)))
         found = prepare_image(raw.image, rules)
-        assert isinstance(found, Square)
+        assert isinstance(found, Picture)
         corners.append(tuple(found.pixels[0, 0]))
     assert len(corners) > 10 and set(corners) == {(255, 255, 255)}
     assert (0, 0, 0) in dropped  # what a reader that only drops alpha would have trained on
@@ -254,3 +255,161 @@ def test_png_round_trip() -> None:
     pixels = noise(4, 8, 12)
     with Image.open(io.BytesIO(png_bytes(pixels))) as image:
         assert np.array_equal(np.asarray(image), pixels)
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Return smooth random pixels with an edge, uint8 [height, width, 3]: what JPEG is made for."""
+    coarse = noise(seed, height // 16 + 1, width // 16 + 1)
+    pixels = np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    pixels[height // 3 : height // 2, width // 4 : width // 3] = (250, 20, 20)
+    return pixels
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    error = np.mean((first.astype(float) - second.astype(float)) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scaling"),
+    [(16, 16, 1), (31, 40, 1), (32, 32, 2), (63, 200, 2), (64, 64, 4), (130, 129, 8), (1001, 777, 8)],
+)
+def test_jpeg_is_decoded_at_the_smallest_scale_that_covers_the_target(
+    height: int, width: int, scaling: int
+) -> None:
+    pixels = photo(height, width)
+    payload = image_file(pixels, "JPEG", quality=95, subsampling=0)
+    found = square(payload, max_aspect=10)
+    assert found.scaling == scaling and (found.original_height, found.original_width) == (height, width)
+    full = square(payload, max_aspect=10, draft=False)
+    assert full.scaling == 1 and full.crop == found.crop
+    assert psnr(found.pixels, full.pixels) > 30
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_crop_is_reproduced_from_the_original(orientation: int) -> None:
+    """By what the row says alone: turn the original, cut the crop, resize."""
+    stored = photo(200, 333, seed=orientation)
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    payload = image_file(stored, "PNG", exif=exif)
+    rules = Rules.from_config(encode_config(buckets=[[16, 32], [32, 16], [24, 24]], bucket_tolerance=0.5))
+    found = prepare_image(payload, rules)
+    assert isinstance(found, Picture) and found.scaling == 1
+    with Image.open(io.BytesIO(payload)) as image:
+        shown = ImageOps.exif_transpose(image)
+    top, left, height, width = found.crop
+    box = (left, top, left + width, top + height)
+    again = shown.resize((found.bucket[1], found.bucket[0]), Image.Resampling.BICUBIC, box=box)
+    if orientation == 1:
+        assert np.array_equal(np.asarray(again), found.pixels)
+    # Turned pictures are resized before they are turned: the two passes round in the other order.
+    assert psnr(np.asarray(again), found.pixels) > 44
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_crop_is_reproduced_too(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    payload = image_file(photo(205, 333), "JPEG", quality=95, exif=exif)
+    found = prepare_image(payload, Rules.from_config(encode_config(buckets=[[16, 32], [32, 16]])))
+    assert isinstance(found, Picture) and found.scaling == 8
+    with Image.open(io.BytesIO(payload)) as image:
+        shown = ImageOps.exif_transpose(image)
+    top, left, height, width = found.crop
+    again = shown.crop((left, top, left + width, top + height)).resize(
+        (found.bucket[1], found.bucket[0]), Image.Resampling.BICUBIC
+    )
+    assert psnr(np.asarray(again), found.pixels) > 28
+
+
+def wide_profile() -> bytes:
+    """Return a matrix profile whose red and green primaries are swapped: no eye is needed to see it applied."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(profile[132 + 12 * k : 136 + 12 * k]): 132 + 12 * k for k in range(profile[131])}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red + 4 : red + 12], profile[green + 4 : green + 12] = (
+        profile[green + 4 : green + 12],
+        profile[red + 4 : red + 12],
+    )
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_profiles_become_srgb(kind: str) -> None:
+    options: dict[str, Any] = {
+        "PNG": {},
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "WEBP": {"lossless": True},
+    }[kind]
+    payload = image_file(solid((200, 40, 90), SIDE), kind, icc_profile=wide_profile(), **options)
+    found = square(payload)
+    assert found.remarks == ("icc_converted",)
+    assert np.abs(found.pixels[0, 0].astype(int) - [40, 200, 90]).max() <= 4
+
+
+def test_srgb_itself_and_broken_profiles_change_nothing() -> None:
+    pixels = noise(1, SIDE, SIDE)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tagged = square(image_file(pixels, icc_profile=srgb))
+    assert np.array_equal(tagged.pixels, pixels) and tagged.remarks == ()
+    for broken in (b"no profile", srgb[:200], srgb[:16] + b"CMYK" + srgb[20:]):
+        found = square(image_file(pixels, icc_profile=broken))
+        assert np.array_equal(found.pixels, pixels) and found.remarks == ("icc_unusable",)
+
+
+def test_a_grey_picture_with_a_colour_profile_and_alpha_under_a_profile() -> None:
+    grey = np.full((SIDE, SIDE), 77, np.uint8)
+    found = square(image_file(grey, icc_profile=wide_profile()))
+    assert found.remarks == ("icc_converted",) and np.abs(found.pixels.astype(int) - 77).max() <= 2
+    rgba = np.zeros((SIDE, SIDE, 4), np.uint8)
+    rgba[:, :8] = (200, 40, 90, 255)
+    mixed = square(image_file(rgba, icc_profile=wide_profile()))
+    assert np.abs(mixed.pixels[0, 0].astype(int) - [40, 200, 90]).max() <= 4
+    assert tuple(mixed.pixels[0, 15]) == (255, 255, 255)
+
+
+def test_a_picture_goes_to_the_bucket_where_it_loses_least() -> None:
+    encode = encode_config(buckets=[[16, 16], [8, 32], [32, 8]], bucket_tolerance=0.3)
+    rules = Rules.from_config(encode)
+
+    def outcome(height: int, width: int, **changes: Any) -> object:
+        rules = Rules.from_config(encode.model_copy(update=changes))
+        found = prepare_image(image_file(photo(height, width)), rules)
+        return (found.bucket, found.crop, found.remarks) if isinstance(found, Picture) else found
+
+    assert outcome(40, 160) == ((8, 32), (0, 0, 40, 160), ())
+    assert outcome(160, 44) == ((32, 8), (0, 2, 160, 40), ())
+    assert outcome(50, 40) == ((16, 16), (5, 0, 40, 40), ())
+    assert outcome(40, 80) == Rejection("bucket")  # loses half either way
+    assert outcome(40, 80, bucket_overflow="crop")[2] == ("bucket_overflow",)  # type: ignore[index]
+    assert len(rules.shapes()) == 3
+
+
+def test_a_phone_s_double_picture_is_one_jpeg() -> None:
+    first, second = (Image.fromarray(photo(64, 64, seed)) for seed in (0, 1))
+    payload = image_file(first, "MPO", save_all=True, append_images=[second], quality=95)
+    found = square(payload)
+    assert found.scaling == 4 and found.remarks == ()
+    assert psnr(found.pixels, square(image_file(first, "JPEG", quality=95)).pixels) > 40
+
+
+def progressive_bomb(scans: int) -> bytes:
+    """Return a progressive JPEG whose last scan stands there many times over."""
+    payload = image_file(photo(64, 64), "JPEG", progressive=True)
+    last = payload.rindex(b"\xff\xda")
+    return payload[:last] + payload[last:-2] * scans + payload[-2:]
+
+
+def test_cost_is_bounded_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(prepare_image(progressive_bomb(50), Rules.from_config(encode_config())), Picture)
+    padded = image_file(solid((0, 0, 0), 16), "JPEG")
+    padded += bytes(9 << 20)
+
+    def load(*arguments: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    rules = Rules.from_config(encode_config())
+    assert prepare_image(progressive_bomb(200), rules) == Rejection("too_many_scans")
+    assert prepare_image(padded, rules) == Rejection("too_many_bytes")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError
-from preprocessing import sources
+from preprocessing import samples, sources
 from preprocessing.sources import InputShard, list_shards
 from tests.preprocessing.builders import Files, image_file, noise, pair, pairs, tar_bytes, write_input
 
@@ -68,7 +68,7 @@ def test_what_is_wrong_with_the_files_of_a_sample(tmp_path: Path) -> None:
         ("late", "orphan"),
         ("two", "duplicate_field"),
         ("good", "duplicate_key"),
-        ("bare", "no_caption"),
+        ("bare", None),
         ("../up", "bad_key"),
         ("evil", "forbidden_extension"),
         ("movie", "format"),
@@ -107,8 +107,8 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 def test_oversized_members_stay_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = one_shard(tmp_path, [("a.png", PNG), ("a.txt", b"x" * 100), ("b.png", PNG * 2), ("b.txt", b"x")])
-    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 99)
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", len(PNG))
+    monkeypatch.setattr(samples, "MAX_TEXT_BYTES", 99)
+    monkeypatch.setattr(samples, "MAX_IMAGE_BYTES", len(PNG))
     assert outcomes(shard) == [("a", "caption_too_large"), ("b", "image_too_large")]
 
 
@@ -173,7 +173,7 @@ def test_every_zeroed_page_is_reported_or_rejects_a_sample(tmp_path: Path) -> No
 def test_a_shard_that_img2dataset_did_not_finish_is_refused(tmp_path: Path) -> None:
     write_input(tmp_path, {"00000": pairs(["a"]), "00001": pairs(["b"])})
     (tmp_path / "00001_stats.json").unlink()
-    with pytest.raises(DataError, match=r"1 tars without _stats.json.*00001.tar"):
+    with pytest.raises(DataError, match=r"1 of 2 shards without _stats.json.*00001.tar"):
         list_shards(tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_a_folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [shard.stem for shard in shards] == ["00000", "00001", "00002"]
     assert [outcomes(shard) for shard in shards] == [
         [("a", None), ("b", None)],
-        [("d", "no_caption"), ("lonely", "orphan")],
+        [("d", None), ("lonely", "orphan")],
         [("sub folder/c", None)],
     ]
     raw = next(iter(shards[0].samples()))
@@ -236,8 +236,8 @@ def test_a_folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ([("notes.md", b"x")], "neither tars nor pictures"),
-        ([], "neither tars nor pictures"),
+        ([("notes.md", b"x")], "no tars, no parquet shards and no pictures"),
+        ([], "no tars, no parquet shards and no pictures"),
         ([("a.png", PNG), ("b.tar", b"")], "both tars and pictures"),
         ([("sub/00000.tar", b"")], "give the folder that holds the tars itself"),
     ],

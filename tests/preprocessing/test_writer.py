@@ -104,10 +104,10 @@ def test_first_wins_and_equal_bytes_are_no_conflict(tmp_path: Path) -> None:
     for content in (b"same", b"same"):
         with claimed_temporary(target) as beside:
             beside.write_bytes(content)
-            publish_same(beside, target)
+            publish_same(beside, target, hashlib.sha256(beside.read_bytes()).hexdigest())
     with claimed_temporary(target) as beside, pytest.raises(DataError, match=r"there already with sha256"):
         beside.write_bytes(b"other")
-        publish_same(beside, target)
+        publish_same(beside, target, hashlib.sha256(beside.read_bytes()).hexdigest())
     assert target.read_bytes() == b"same" and list(tmp_path.iterdir()) == [target]
     assert not target.stat().st_mode & 0o111
 

@@ -22,6 +22,9 @@ class StubAutoencoder:
         mean = torch.nn.functional.avg_pool2d(images_BCHW, 4)
         return torch.cat([mean, -mean - 3], dim=1)
 
+    def in_fp32(self) -> "StubAutoencoder":
+        return self
+
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         return latents_BCHW.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
@@ -45,3 +48,9 @@ class StubTextEncoder:
     def encode(self, tokens_BL: Tensor) -> Tensor:
         self.batches.append(len(tokens_BL))
         return torch.stack([torch.from_numpy(self._encoder.text_states(row.numpy())) for row in tokens_BL])
+
+    def encode_pooled(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.encode(tokens_BL), None
+
+    def in_fp32(self) -> "StubTextEncoder":
+        return self

@@ -12,7 +12,7 @@ from pipeline.data.loader import LatentBatch, LatentLoader
 from pipeline.diffusion import draws
 from pipeline.errors import DataError
 from pipeline.latents.reader import LatentDataset
-from tests.distributed.dataset import build_dataset
+from tests.pipeline.data.datasets import square_shards, with_captions, write_dataset
 
 SAMPLES = 23
 FIELDS = (
@@ -30,7 +30,7 @@ FIELDS = (
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
-    return LatentDataset(build_dataset(tmp_path_factory.mktemp("data") / "set", SAMPLES))
+    return LatentDataset(write_dataset(tmp_path_factory.mktemp("data") / "set", square_shards(9, 4, 10)))
 
 
 def loader(
@@ -110,7 +110,7 @@ def test_a_batch_holds_what_the_data_set_and_the_draws_say(dataset: LatentDatase
         assert np.array_equal(batch.moments[row].numpy(), sample.arrays["latent"])
         assert batch.text is not None and np.array_equal(batch.text[row].numpy(), sample.arrays["text"][0])
         assert np.array_equal(batch.tokens[row].numpy(), sample.arrays["tokens"][0])
-        assert np.array_equal(batch.noise[row].numpy(), draws.training_noise(5, k, shape=(4, 8, 8)))
+        assert np.array_equal(batch.noise[row].numpy(), draws.training_noise(5, k, shape=(2, 4, 4)))
         assert batch.dropped[row].item() == draws.drops_caption(5, k, 0.3)
     assert (batch.moments.dtype, batch.noise.dtype, batch.timesteps.dtype) == (
         torch.float16,
@@ -132,7 +132,7 @@ def test_more_ranks_than_samples_in_a_step_is_refused(dataset: LatentDataset) ->
     with pytest.raises(DataError, match=r"global_batch 6 is smaller than the world size 7"):
         loader(dataset, 0, 7)
     empty = LatentDataset(dataset.folder, "validation")
-    with pytest.raises(DataError, match="validation' has no samples"):
+    with pytest.raises(DataError, match=r"validation' has no samples"):
         loader(empty)
 
 
@@ -140,3 +140,87 @@ def test_a_batch_moves_whole(dataset: LatentDataset) -> None:
     (batch,) = next(loader(dataset).steps(0))
     moved = batch.to("meta")
     assert isinstance(moved, LatentBatch) and moved.noise.device.type == "meta" and moved.size == batch.size
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
+    """Three captions a sample and a pooled state, as SDXL has them."""
+    folder = tmp_path_factory.mktemp("rich") / "set"
+    return LatentDataset(
+        write_dataset(folder, square_shards(9, 4), spec=with_captions(3, pooled_width=5), captions=3)
+    )
+
+
+def rich_batches(dataset: LatentDataset, world_size: int, micro: int) -> dict[str, torch.Tensor]:
+    names = (*FIELDS, "pooled", "time_ids")
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for rank in range(world_size):
+        steps = loader(dataset, rank, world_size, micro=micro, flip=True).steps(30)
+        for batch in next(steps):
+            for name in names:
+                found[name].append(getattr(batch, name)[batch.weight == 1])
+        steps.close()
+    together = {name: torch.cat(parts) for name, parts in found.items()}
+    order = together["positions"].argsort()
+    return {name: values[order] for name, values in together.items()}
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (2, 3), (2, 1), (4, 2)])
+def test_flip_captions_pooled_and_sizes_do_not_depend_on_who_reads(
+    rich: LatentDataset, world_size: int, micro: int
+) -> None:
+    expected, found = rich_batches(rich, 1, 6), rich_batches(rich, world_size, micro)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_a_rich_batch_holds(rich: LatentDataset) -> None:
+    """Against the samples read one by one: 30 positions have all captions, flips and drops among them."""
+    steps = loader(rich, flip=True).steps(0)
+    seen_flips, seen_captions, seen_drops = set(), set(), set()
+    null = rich.null_text()["pooled"][0]
+    for _ in range(5):
+        (batch,) = next(steps)
+        assert batch.pooled is not None and batch.time_ids is not None and batch.text is not None
+        for row, (k, index) in enumerate(zip(batch.positions.tolist(), batch.indices.tolist(), strict=True)):
+            arrays = rich.read(index).arrays
+            flip, chosen, dropped = (
+                draws.flips(5, k),
+                draws.caption_choice(5, k, 3),
+                draws.drops_caption(5, k, 0.3),
+            )
+            latent = arrays["latent"][..., ::-1] if flip else arrays["latent"]
+            assert np.array_equal(batch.moments[row].numpy(), latent)
+            assert np.array_equal(batch.text[row].numpy(), arrays["text"][chosen])
+            assert np.array_equal(batch.tokens[row].numpy(), arrays["tokens"][chosen])
+            assert np.array_equal(batch.pooled[row].numpy(), null if dropped else arrays["pooled"][chosen])
+            # The crop (4, 10, 20, 40) of a 40 x 60 picture became 8 x 8; mirrored it begins at 60 - 10 - 40.
+            assert batch.time_ids[row].tolist() == pytest.approx([40, 60, 1.6, 2.0, 8, 8])
+            seen_flips.add(flip)
+            seen_captions.add(chosen)
+            seen_drops.add(dropped)
+    steps.close()
+    assert seen_flips == seen_drops == {False, True} and seen_captions == {0, 1, 2}
+
+
+def test_plain_sets_have_no_pooled_and_nothing_is_flipped_by_default(dataset: LatentDataset) -> None:
+    (batch,) = next(loader(dataset).steps(0))
+    assert batch.pooled is None and batch.time_ids is None
+    assert np.array_equal(batch.moments[0].numpy(), dataset.read(int(batch.indices[0])).arrays["latent"])
+
+
+def test_the_memory_of_a_batch_is_used_again_only_when_it_is_gone(dataset: LatentDataset) -> None:
+    steps = loader(dataset).steps(0)
+    kept = [next(steps)[0] for _ in range(8)]
+    copies = [batch.moments.clone() for batch in kept]
+    for _ in range(20):
+        next(steps)
+    assert all(torch.equal(batch.moments, copy) for batch, copy in zip(kept, copies, strict=True))
+    assert len({batch.moments.data_ptr() for batch in kept}) == 8
+    pointers = {next(steps)[0].moments.data_ptr() for _ in range(40)}
+    assert len(pointers) < 20
+    view = kept[0].moments[2]
+    del kept
+    for _ in range(20):
+        next(steps)
+    assert torch.equal(view, copies[0][2])
+    steps.close()

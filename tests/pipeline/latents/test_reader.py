@@ -139,7 +139,7 @@ def test_threads_may_read_while_others_push_shards_out(
             os.fstat(descriptor)
         return slow(descriptor, length, offset)
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
     wrong: list[object] = []
 
     def read(seed: int) -> None:

@@ -255,8 +255,8 @@ def test_other_and_coded_folders_are_refused(folders: tuple[Path, Path]) -> None
     with pytest.raises(DataError, match="Python code is refused"):
         FrozenTextEncoder.load(folders[0])
     config = json.loads((folders[1] / "config.json").read_text())
-    (folders[1] / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
-    with pytest.raises(ConfigError, match="model_type is 't5'; only CLIP"):
+    (folders[1] / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
+    with pytest.raises(ConfigError, match="model_type is 'vit', which is no text encoder"):
         FrozenTextEncoder.load(folders[1])
 
 
@@ -270,7 +270,7 @@ def test_another_model_s_tokenizer_or_none_is_refused(folders: tuple[Path, Path]
     with pytest.raises(DataError, match="they belong to different models"):
         FrozenTextEncoder.load(folders[1])
     (folders[1] / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="not a readable CLIP tokenizer"):
+    with pytest.raises(DataError, match="not a readable tokenizer"):
         FrozenTextEncoder.load(folders[1])
 
 

@@ -5,6 +5,7 @@ and anchors made once with diffusers 0.42.1 (names and shapes; a forward pass th
 import gzip
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import UNetConfig
 from pipeline.models.layers import ResnetBlock, TransformerBlock
@@ -27,11 +30,11 @@ def changed(config: UNetConfig, **fields: Any) -> UNetConfig:
     return UNetConfig.model_validate(config.model_dump() | fields)
 
 
-def text_time(sized: int, pooled: int) -> dict[str, Any]:
+def text_time(sized: int, pooled: int, sizes: int = 6) -> dict[str, Any]:
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": sized,
-        "projection_class_embeddings_input_dim": pooled + 6 * sized,
+        "projection_class_embeddings_input_dim": pooled + sizes * sized,
     }
 
 
@@ -56,7 +59,7 @@ REFINER = changed(
     transformer_layers_per_block=4,
     attention_head_dim=(6, 12, 24, 24),
     cross_attention_dim=1280,
-    projection_class_embeddings_input_dim=2560,
+    **text_time(sized=256, pooled=1280, sizes=5),
 )
 FORWARD_ANCHOR = json.loads((ANCHORS / "unet_tiny_forward_anchor.json").read_text())
 TINY = UNetConfig.model_validate(
@@ -96,7 +99,7 @@ def random_pair(config: UNetConfig, seed: int = 0) -> tuple[UNet, Any]:
 
 
 def random_inputs(
-    config: UNetConfig, size: tuple[int, int] = (8, 8), dtype: torch.dtype = torch.float64
+    config: UNetConfig, size: tuple[int, int] = (8, 8), dtype: torch.dtype = torch.float64, sizes: int = 6
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
 
@@ -110,13 +113,13 @@ def random_inputs(
     }
     sized, projected = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
     if sized is not None and projected is not None:
-        inputs["pooled_BP"] = normal(2, projected - 6 * sized)
-        inputs["time_ids_B6"] = torch.randint(0, 1024, (2, 6), generator=generator)
+        inputs["pooled_BP"] = normal(2, projected - sizes * sized)
+        inputs["time_ids_BS"] = torch.randint(0, 1024, (2, sizes), generator=generator)
     return inputs
 
 
 def reference_forward(reference: Any, inputs: dict[str, Tensor]) -> Tensor:
-    added = {"text_embeds": inputs.get("pooled_BP"), "time_ids": inputs.get("time_ids_B6")}
+    added = {"text_embeds": inputs.get("pooled_BP"), "time_ids": inputs.get("time_ids_BS")}
     return reference(
         inputs["latents_BCHW"], inputs["timesteps_B"], inputs["text_BLD"], added_cond_kwargs=added
     ).sample
@@ -130,9 +133,11 @@ def gradients(output: Tensor, model: torch.nn.Module, inputs: dict[str, Tensor])
     return dict(zip(wanted, found, strict=True))
 
 
-def assert_equal_to_diffusers(config: UNetConfig, size: tuple[int, int], seed: int = 0) -> None:
+def assert_equal_to_diffusers(
+    config: UNetConfig, size: tuple[int, int], seed: int = 0, sizes: int = 6
+) -> None:
     ours, reference = random_pair(config, seed)
-    inputs = random_inputs(config, size)
+    inputs = random_inputs(config, size, sizes=sizes)
     output, wanted = ours(**inputs), reference_forward(reference, inputs)
     assert output.shape == (2, config.out_channels, *size)
     torch.testing.assert_close(output, wanted, rtol=1e-9, atol=1e-9)
@@ -204,22 +209,41 @@ def small_configs(draw: st.DrawFn) -> UNetConfig:
         return tuple(draw(st.sampled_from(values)) for _ in range(levels))
 
     sdxl = text_time(draw(st.sampled_from([2, 5])), draw(st.integers(1, 8))) if draw(st.booleans()) else {}
+    layers = draw(st.integers(1, 2)) if draw(st.booleans()) else a_level([1, 2])
     return UNetConfig(
         sample_size=8,
         in_channels=draw(st.integers(1, 4)),
         out_channels=draw(st.integers(1, 4)),
         down_block_types=a_level(["CrossAttnDownBlock2D", "DownBlock2D"]),
+        mid_block_type=draw(st.sampled_from(["UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None])),
         up_block_types=a_level(["CrossAttnUpBlock2D", "UpBlock2D"]),
         block_out_channels=a_level([4, 8, 12]),
-        layers_per_block=draw(st.integers(1, 2)),
+        layers_per_block=layers,
         cross_attention_dim=draw(st.integers(1, 9)),
         attention_head_dim=draw(st.sampled_from([1, 4])) if draw(st.booleans()) else a_level([1, 2, 4]),
-        transformer_layers_per_block=draw(st.integers(1, 2)) if draw(st.booleans()) else a_level([1, 2]),
         use_linear_projection=draw(st.booleans()),
         norm_num_groups=draw(st.sampled_from([1, 2, 4])),
         norm_eps=draw(st.sampled_from([1e-5, 1e-2])),
         **sdxl,
+        **draw(depths((layers,) * levels if isinstance(layers, int) else layers)),
     )
+
+
+@st.composite
+def depths(draw: st.DrawFn, layers: tuple[int, ...]) -> dict[str, Any]:
+    """One depth for all, one a level, or one a layer with the way up by itself."""
+
+    def a_layer(counts: tuple[int, ...]) -> tuple[Any, ...]:
+        return tuple(tuple(draw(st.integers(1, 2)) for _ in range(count)) for count in counts)
+
+    kind = draw(st.sampled_from(["one", "a level", "a layer", "up by itself"]))
+    if kind == "one":
+        return {"transformer_layers_per_block": draw(st.integers(1, 2))}
+    if kind == "a level":
+        return {"transformer_layers_per_block": tuple(draw(st.integers(1, 2)) for _ in layers)}
+    up = a_layer(tuple(count + 1 for count in reversed(layers)))
+    down = a_layer(layers) if kind == "a layer" else tuple(draw(st.integers(1, 2)) for _ in layers)
+    return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -235,6 +259,11 @@ def test_sides_that_do_not_halve_evenly(size: tuple[int, int]) -> None:
 
 def test_sdxl_pooled_text_and_sizes_equal_diffusers() -> None:
     assert_equal_to_diffusers(SMALL_SDXL, (8, 8))
+
+
+def test_the_refiners_five_sizes_equal_diffusers() -> None:
+    refiner = changed(SMALL_SDXL, **text_time(sized=6, pooled=10, sizes=5))
+    assert_equal_to_diffusers(refiner, (8, 8), sizes=5)
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_SDXL], ids=["conv_projection", "linear_projection_sdxl"])
@@ -327,10 +356,10 @@ def test_bfloat16_is_finite_and_near_float64(config: UNetConfig) -> None:
         (SMALL, "text_BLD", (1, 5, 12), "[2, None, 12]"),
         (SMALL, "text_BLD", (2, 5, 11), "[2, None, 12]"),
         (SMALL, "pooled_BP", (2, 10), "None"),
-        (SMALL, "time_ids_B6", (2, 6), "None"),
+        (SMALL, "time_ids_BS", (2, 6), "None"),
         (SMALL_SDXL, "pooled_BP", None, "[2, 10]"),
-        (SMALL_SDXL, "time_ids_B6", None, "[2, 6]"),
-        (SMALL_SDXL, "time_ids_B6", (2, 5), "[2, 6]"),
+        (SMALL_SDXL, "pooled_BP", (2, 9), "[2, 10]"),
+        (SMALL_SDXL, "time_ids_BS", None, "[2, None]"),
     ],
 )
 def test_inputs_that_would_broadcast_or_be_ignored_are_refused(
@@ -343,6 +372,160 @@ def test_inputs_that_would_broadcast_or_be_ignored_are_refused(
         UNet(config)(**inputs)
 
 
-def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"attention_head_dim"):
-        UNet(changed(SMALL, attention_head_dim=3))
+def test_sizes_and_pooled_text_must_fill_the_embedding_together() -> None:
+    inputs = random_inputs(SMALL_SDXL, dtype=torch.float32) | {"time_ids_BS": torch.zeros(2, 5)}
+    with pytest.raises(ValueError, match=re.escape("pooled_BP is [2, 10], must be [2, 16]")):
+        UNet(SMALL_SDXL)(**inputs)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"attention_head_dim": 3}, r"attention_head_dim 3 \(heads\) does not divide"),
+        ({"layers_per_block": (1, 1)}, r"layers_per_block has 2 entries, block_out_channels has 3"),
+        ({"transformer_layers_per_block": (1, (1,), 1)}, r"give those of the way up as reverse_transformer"),
+        (
+            {
+                "transformer_layers_per_block": (1, (1, 2), 1),
+                "reverse_transformer_layers_per_block": (1, 1, 1),
+            },
+            r"level 1 has 1 layers on the way down, its depths are \[1, 2\]",
+        ),
+        (
+            {"reverse_transformer_layers_per_block": ((1, 1), (1, 1), (1, 1, 1))},
+            r"level 0 has 2 layers on the way up, its depths are \[1, 1, 1\]",
+        ),
+        ({"norm_num_groups": 3}, r"block_out_channels 8 is not a multiple of norm_num_groups 3"),
+        ({"addition_embed_type": "text_time"}, r"go together"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        changed(SMALL, **fields)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_SDXL], ids=["conv_projection", "linear_projection_sdxl"])
+def test_channels_last_changes_nothing_but_the_layout(config: UNetConfig) -> None:
+    unet, _ = random_pair(config)
+    inputs = random_inputs(config, (6, 8))
+    output = unet(**inputs)
+    wanted = gradients(output, unet, inputs)
+    unet.to(memory_format=torch.channels_last)
+    latents = inputs["latents_BCHW"].detach().contiguous(memory_format=torch.channels_last)
+    last = inputs | {"latents_BCHW": latents.requires_grad_()}
+    turned = unet(**last)
+    torch.testing.assert_close(turned, output, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(turned, unet, last), wanted, rtol=1e-11, atol=1e-11)
+
+
+ONE_LEVEL = changed(
+    SMALL,
+    block_out_channels=(8,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    attention_head_dim=2,
+    transformer_layers_per_block=1,
+)
+TWO_LEVELS_SDXL = changed(
+    SMALL_SDXL,
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=2,
+    transformer_layers_per_block=1,
+)
+
+
+@pytest.mark.parametrize(
+    "config, recompute", [(ONE_LEVEL, False), (TWO_LEVELS_SDXL, True)], ids=["plain", "sdxl_checkpointed"]
+)
+def test_compiles_as_one_graph(config: UNetConfig, recompute: bool) -> None:
+    """`fullgraph` makes a break an error; the backend "eager" runs the captured graph as it is."""
+    unet, _ = random_pair(config)
+    if recompute:
+        unet.enable_gradient_checkpointing()
+    inputs = random_inputs(config)
+    torch._dynamo.reset()
+    output = torch.compile(unet, fullgraph=True, backend="eager")(**inputs)
+    torch.testing.assert_close(output, unet(**inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend, tolerance", [("aot_eager", 1e-9), ("inductor", 1e-6)])
+def test_compiled_forward_and_gradients_are_equal(backend: str, tolerance: float) -> None:
+    """Inductor's vectorised cosine differs in the last bit of the timestep embedding, which is float32."""
+    unet, _ = random_pair(ONE_LEVEL)
+    inputs = random_inputs(ONE_LEVEL)
+    torch._dynamo.reset()
+    output, wanted = torch.compile(unet, fullgraph=True, backend=backend)(**inputs), unet(**inputs)
+    torch.testing.assert_close(output, wanted, rtol=tolerance, atol=tolerance)
+    actual, expected = gradients(output, unet, inputs), gradients(wanted, unet, inputs)
+    torch.testing.assert_close(actual, expected, rtol=100 * tolerance, atol=100 * tolerance)
+
+
+class CountDispatches(TorchDispatchMode):
+    """Counts every aten operator that runs."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def dispatches(work: Callable[[], Tensor]) -> tuple[int, int]:
+    """Return the operators of forward, and of forward and backward."""
+    with CountDispatches() as forward:
+        output = work()
+    with CountDispatches() as backward:
+        output.sum().backward()
+    return forward.calls, forward.calls + backward.calls
+
+
+def on_meta(config: UNetConfig, side: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    inputs = random_inputs(config, (side, side), dtype=dtype, sizes=5 if config is REFINER else 6)
+    text = torch.zeros(1, 77, config.cross_attention_dim)
+    one = {name: tensor[:1].detach() for name, tensor in inputs.items()} | {"text_BLD": text}
+    return {name: tensor.to("meta") for name, tensor in one.items()}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SD15, pytest.param(SDXL, marks=pytest.mark.slow), TINY, SMALL_SDXL],
+    ids=["sd15", "sdxl", "tiny", "small_sdxl"],
+)
+def test_fewer_dispatches_than_diffusers(config: UNetConfig) -> None:
+    """What a GPU waits for when it is faster than the host; counted on the meta device."""
+    with torch.device("meta"):
+        ours, reference = UNet(config), diffusers_unet(config)
+    inputs = on_meta(config, 16)
+    counted = dispatches(lambda: ours(**inputs))
+    theirs = dispatches(lambda: reference_forward(reference, inputs))
+    assert counted[0] < theirs[0] and counted[1] < theirs[1], (counted, theirs)
+
+
+@pytest.mark.parametrize(
+    "config, side, forward_gflop, both_gflop",
+    [
+        (SD15, 32, 180.1, 537.3),
+        (SD15, 64, 803.3, 2406.8),
+        pytest.param(SD15, 96, 2148, 6441, marks=pytest.mark.slow),
+        (SD2, 64, 804.3, 2408.7),
+        (SDXL, 32, 428, 1231),
+        pytest.param(SDXL, 128, 6761, 20231, marks=pytest.mark.slow),
+    ],
+    ids=["sd15-32", "sd15-64", "sd15-96", "sd2-64", "sdxl-32", "sdxl-128"],
+)
+def test_flops_are_those_of_the_published_models(
+    config: UNetConfig, side: int, forward_gflop: float, both_gflop: float
+) -> None:
+    """Two for a multiply-add, batch 1, 77 tokens, counted with diffusers 0.42.1's U-Net on the meta device."""
+    with torch.device("meta"):
+        unet = UNet(config)
+    with FlopCounterMode(display=False) as counter:
+        output = unet(**on_meta(config, side))
+        forward = counter.get_total_flops() / 1e9
+        output.sum().backward()
+    both = counter.get_total_flops() / 1e9
+    assert forward == pytest.approx(forward_gflop, rel=1.5e-3)
+    assert both == pytest.approx(both_gflop, rel=1.5e-3)

@@ -8,7 +8,8 @@ import torch
 from pipeline.config import EmaConfig
 from pipeline.training.ema import Ema
 from pipeline.training.fragments import Fragment
-from pipeline.training.save import Checkpoints
+from pipeline.training.retention import Retention
+from pipeline.training.save import Checkpoints, Plan
 from pipeline.training.world import World
 
 SHAPES = {"layer.weight": (4, 3), "layer.bias": (5,)}
@@ -46,17 +47,25 @@ class StandInFragments:
 
 
 def stand_in_checkpoints(
-    folder: Path, fragments: StandInFragments, *, attempt: str = "a1", keep_last: int = 3
+    folder: Path,
+    fragments: StandInFragments,
+    *,
+    attempt: str = "a1",
+    keep_last: int = 3,
+    keep_every: int | None = None,
+    every_seconds: float | None = None,
 ) -> tuple[Checkpoints, Ema]:
     """Return the checkpoints in `folder` of a state in one process, and its average."""
     ema = Ema(fragments, EmaConfig(decay=0.9))  # type: ignore[arg-type]
     facts = {"attempt": attempt, "config": {}, "data_digest": "d", "zero_stage": 1, "versions": {}}
+    facts |= {"scheduler": {"schedule": "constant"}}
     checkpoints = Checkpoints(
         folder,
         world=World(),
         fragments=fragments,  # type: ignore[arg-type]
         ema=ema,
         facts=facts,
-        keep_last=keep_last,
+        plan=Plan(Retention(keep_last, keep_every), every_seconds),
+        tracker_run_id=lambda: "run-7",
     )
     return checkpoints, ema

@@ -37,9 +37,14 @@ def test_stage(stage: int) -> None:
 
 def test_precisions() -> None:
     bf16, autocast, fp32 = (derive(precision=name) for name in ("bf16", "autocast_bf16", "fp32"))
+    fp16 = derive(precision="fp16")
+    assert fp16["fp16"]["enabled"] and fp16["fp16"]["loss_scale"] == 0  # 0: DeepSpeed looks for the scale.
+    assert not {"bf16", "torch_autocast", "data_types"} & fp16.keys()
     assert bf16["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert bf16["data_types"] == {"grad_accum_dtype": "fp32"} and bf16["communication_data_type"] == "fp32"
-    assert autocast["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and "bf16" not in autocast
+    assert autocast["torch_autocast"]["enabled"] and autocast["torch_autocast"]["dtype"] == "bfloat16"
+    # Empty and not absent: absent means that gradients of convolutions and linear layers are summed in bf16.
+    assert autocast["torch_autocast"]["lower_precision_safe_modules"] == [] and "bf16" not in autocast
     assert not {"bf16", "torch_autocast", "data_types"} & fp32.keys()
 
 
@@ -48,7 +53,30 @@ def test_the_hatch_is_merged_last_and_deep() -> None:
     derived = derive(deepspeed=hatch)
     assert derived["zero_optimization"]["reduce_bucket_size"] == 7
     assert derived["zero_optimization"]["stage"] == 1 and derived["comms_logger"] == {"enabled": True}
-    assert derive(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_is_to_host_memory_with_torchs_own_adam(stage: int) -> None:
+    hatch = {"zero_optimization": {"offload_optimizer": {"pin_memory": False}, "sub_group_size": 9}}
+    derived = derive(zero_stage=stage, precision="fp32", offload_optimizer=True, deepspeed=hatch)
+    assert derived["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert derived["zero_force_ds_cpu_optimizer"] is False
+    assert "offload_optimizer" not in derive(zero_stage=stage)["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"zero_stage": 0, "precision": "bf16"}, "stray Adam step"),
+        ({"zero_stage": 0, "precision": "fp16"}, "stray Adam step"),
+        ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": True}, "no ZeRO partition"),
+        ({"zero_stage": 1, "precision": "bf16", "offload_optimizer": True}, "skips all that follow"),
+    ],
+)
+def test_refused_combinations(engine: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        derive(**engine)
+    assert derive(**(engine | {"zero_stage": 2}))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +90,9 @@ def test_the_hatch_is_merged_last_and_deep() -> None:
         ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types"),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             "zero_optimization.offload_optimizer.device",

@@ -1,7 +1,10 @@
 """Writing checkpoints: whole or not at all, retention, the fence, and failures that cost nothing but themselves."""
 
+import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,50 @@ import pytest
 import torch
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.publish import write_json
+from pipeline.training import commit as commit_module
 from pipeline.training import save as save_module
-from pipeline.training.checkpoint import committed, load_weights, newest_checkpoint, read_manifest
+from pipeline.training.checkpoint import load_weights, newest_checkpoint
+from pipeline.training.fence import FENCE_NAME
+from pipeline.training.manifest import committed, read_manifest
 from pipeline.training.save import RunState
 from tests.faults.inject import ByteOutcome, Watched, killed_after
 from tests.faults.tmpfs import SmallTmpfs, small_tmpfs
 from tests.pipeline.training.stand_ins import StandInFragments, stand_in_checkpoints
 
 __all__ = ["small_tmpfs"]
+
+
+WATCHER = """
+import sys
+from pathlib import Path
+from pipeline.errors import CheckpointError
+from pipeline.training.manifest import committed, damaged_files, read_manifest
+folder, looks, worst, wrong = Path(sys.argv[1]), 0, 99, 0
+print("watching", flush=True)
+while not (folder / "stop").exists():
+    whole = 0
+    for path in committed(folder):
+        try:
+            manifest = read_manifest(path)
+            problems = list(damaged_files(path, manifest, sorted(manifest["files"])))
+        except (CheckpointError, OSError):
+            problems = ["gone or damaged"]
+        if not problems:
+            whole += 1
+        elif path.exists() and path.parent.joinpath(path.name, "checkpoint.json").exists():
+            # Gone between the listing and the reading is retention; still there and wrong is damage. Looked at twice, for
+            # the same step may just have been replaced.
+            try:
+                again = read_manifest(path)
+                wrong += bool(list(damaged_files(path, again, sorted(again["files"])))) and path.exists()
+            except (CheckpointError, OSError):
+                pass
+    if whole == 0:
+        whole = sum((path / "checkpoint.json").exists() for path in committed(folder))
+    looks, worst = looks + 1, min(worst, whole)
+print(looks, worst, wrong)
+"""
 
 
 def state_after(step: int) -> RunState:
@@ -30,6 +69,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     fragments.step()
     ema.update()
     saved = RunState(step=3, samples=24, skipped=2, skipped_in_a_row=1, interval=[0.1 + 0.2, 1.0])
+    saved.skipped_ranges = [[1, 2]]
     assert checkpoints.save(saved)
 
     other = StandInFragments(seed=5)
@@ -51,10 +91,36 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "step-00000000")
     assert manifest["world_size"] == 1 and manifest["attempt"] == "a1" and manifest["data_digest"] == "d"
     assert manifest["parameters"] == {"layer.weight": [4, 3], "layer.bias": [5]}
-    assert manifest["ema"] == {"updates": 0, "decay": 0.9, "ramp": True}
+    assert manifest["ema"]["updates"] == 0 and manifest["skipped_ranges"] == [] and manifest["format"] == 2
+    assert manifest["tracker_run_id"] == "run-7" and manifest["scheduler"] == {"schedule": "constant"}
+    assert manifest["config_digest"] == hashlib.sha256(b"{}").hexdigest()
+    assert (tmp_path / "latest").read_text() == "step-00000000\n"
     file = tmp_path / "step-00000000" / "rank-00000.safetensors"
     assert manifest["files"]["rank-00000.safetensors"]["bytes"] == file.stat().st_size
     assert 16 * fragments.total < file.stat().st_size < 16 * fragments.total + 2000
+
+
+@pytest.mark.covers("F28")
+@pytest.mark.faults
+def test_at_every_instant_a_second_process_finds_a_whole_checkpoint(tmp_path: Path) -> None:
+    """It looks without a pause while 60 saves come and go, two kept, the same steps twice over."""
+    fragments = StandInFragments(shapes={"w": (100, 100)})
+    checkpoints, _ = stand_in_checkpoints(tmp_path, fragments, keep_last=2)
+    checkpoints.resume()
+    assert checkpoints.save(RunState())
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", WATCHER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert watcher.stdout is not None and watcher.stdout.readline() == "watching\n"
+    try:
+        for step in [*range(1, 40), *range(20, 40)]:
+            fragments.updates = step
+            assert checkpoints.save(state_after(step))
+    finally:
+        (tmp_path / "stop").touch()
+        said, _ = watcher.communicate(timeout=60)
+    looks, worst, wrong = map(int, said.split())
+    assert watcher.returncode == 0 and looks > 20 and worst >= 1 and wrong == 0, said
 
 
 def test_only_the_last_are_kept(tmp_path: Path) -> None:
@@ -96,7 +162,11 @@ def test_nothing_old_goes_before_the_new_one_is_there(
     assert looked.count("replace") >= 5 and "rmtree" in looked
 
 
-@pytest.mark.parametrize("place", ["write_stretches", "write_json", "fsync_folder"])
+PLACES = {"write_stretches": save_module, "write_json": commit_module, "fsync_folder": commit_module}
+
+
+@pytest.mark.covers("F22", "F23")
+@pytest.mark.parametrize("place", PLACES)
 def test_a_failed_save_leaves_the_old_ones_and_no_rubbish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
@@ -110,7 +180,7 @@ def test_a_failed_save_leaves_the_old_ones_and_no_rubbish(
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(save_module, place, full)
+        patch.setattr(PLACES[place], place, full)
         assert not checkpoints.save(state_after(1))
     assert "step-00000001: not saved: rank 0: No space left on device: " in caplog.text
     assert str(tmp_path) in caplog.text and "step-00000000 is intact; failure 1 of 3" in caplog.text
@@ -119,6 +189,7 @@ def test_a_failed_save_leaves_the_old_ones_and_no_rubbish(
     assert checkpoints.save(state_after(1)) and newest_checkpoint(tmp_path).name == "step-00000001"
 
 
+@pytest.mark.covers("F22")
 def test_three_failures_in_a_row_end_the_run_and_a_success_forgives_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +214,7 @@ def test_three_failures_in_a_row_end_the_run_and_a_success_forgives_them(
     assert newest_checkpoint(tmp_path).name == "step-00000000"
 
 
+@pytest.mark.covers("F35")
 def test_a_stale_attempt_publishes_nothing(tmp_path: Path) -> None:
     fragments = StandInFragments()
     old, _ = stand_in_checkpoints(tmp_path, fragments, attempt="old")
@@ -164,9 +236,9 @@ def test_an_attempt_that_goes_stale_while_it_writes_publishes_nothing(
     old.resume()
     plain = save_module.write_stretches
 
-    def overtaken(path: Path, stretches: Any) -> Any:
-        written = plain(path, stretches)
-        save_module.write_json(tmp_path / save_module.FENCE_NAME, {"attempt": "new"})
+    def overtaken(path: Path, stretches: Any, *rest: Any) -> Any:
+        written = plain(path, stretches, *rest)
+        write_json(tmp_path / FENCE_NAME, {"attempt": "new"})
         return written
 
     monkeypatch.setattr(save_module, "write_stretches", overtaken)
@@ -197,6 +269,7 @@ def test_damaged_checkpoints_step_aside_and_are_not_counted(tmp_path: Path) -> N
     assert (tmp_path / "damaged-step-00000002").is_dir()
 
 
+@pytest.mark.covers("F38")
 def test_a_missing_average_is_an_error_and_never_a_fresh_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +277,7 @@ def test_a_missing_average_is_an_error_and_never_a_fresh_start(
     checkpoints.resume()
     plain = save_module.write_stretches
     without = [stretch for stretch in checkpoints._stretches(resident=False) if stretch.kind != "ema"]
-    monkeypatch.setattr(save_module, "write_stretches", lambda path, stretches: plain(path, without))
+    monkeypatch.setattr(save_module, "write_stretches", lambda path, stretches, stop: plain(path, without))
     checkpoints.save(RunState())
     again, _ = stand_in_checkpoints(tmp_path, StandInFragments(), attempt="a2")
     with pytest.raises(
@@ -215,6 +288,7 @@ def test_a_missing_average_is_an_error_and_never_a_fresh_start(
         load_weights(newest_checkpoint(tmp_path), "ema")
 
 
+@pytest.mark.covers("F33")
 def test_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     checkpoints, _ = stand_in_checkpoints(tmp_path, StandInFragments())
     checkpoints.resume()
@@ -236,6 +310,7 @@ def test_skipped_steps_count_as_consumed_but_not_as_applied() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.covers("F19")
 def test_killed_at_any_byte_of_a_save_the_one_before_is_loaded(tmp_path: Path) -> None:
     """SIGKILL after every so many bytes written: the newest is the old one until the rename, then the new one."""
     fragments = StandInFragments()
@@ -261,15 +336,53 @@ def test_killed_at_any_byte_of_a_save_the_one_before_is_loaded(tmp_path: Path) -
     ):
         outcome, folder = trial(number, after_bytes)
         assert outcome.killed
-        assert newest_checkpoint(folder).name == "step-00000000", after_bytes
+        published = after_bytes > whole.written_bytes - len(
+            "step-00000001\n"
+        )  # `latest` comes after the commit.
+        assert newest_checkpoint(folder).name == f"step-0000000{int(published)}", after_bytes
         # The next attempt cleans up and saves.
         again, _ = stand_in_checkpoints(folder, StandInFragments(seed=9), attempt="a2")
         resumed = again.resume()
-        assert resumed is not None and resumed[0].step == 0
-        assert {path.name for path in folder.iterdir()} == {"attempt.json", "step-00000000"}
+        assert resumed is not None and resumed[0].step == int(published)
+        assert [path.name for path in folder.iterdir() if path.name.startswith((".", "damaged"))] == []
 
 
 @pytest.mark.faults
+@pytest.mark.covers("F23")
+def test_a_disk_without_names_or_without_the_right_to_write(
+    small_tmpfs: SmallTmpfs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Inodes run out, and then the file system is remounted read-only under the run."""
+    fragments = StandInFragments()
+    folder = small_tmpfs(16 * 2**20, 14)
+    checkpoints, _ = stand_in_checkpoints(folder, fragments)
+    checkpoints.resume()
+    assert checkpoints.save(RunState())
+    fillers = []
+    for number in range(14):
+        try:
+            fillers.append(folder / f"filler-{number}")
+            fillers[-1].touch()
+        except OSError:
+            break
+    fragments.updates = 1
+    assert not checkpoints.save(state_after(1))
+    assert "step-00000001: not saved: rank 0: No space left on device: " in caplog.text
+    assert "and 0 names free" in caplog.text and "step-00000000 is intact" in caplog.text
+    for filler in fillers:
+        filler.unlink(missing_ok=True)
+    assert checkpoints.save(state_after(1))
+    fragments.updates = 2
+    remount = ["mount", "-o", "remount,{}", str(folder)]
+    subprocess.run([part.format("ro") for part in remount], check=True, timeout=60)
+    assert not checkpoints.save(state_after(2))
+    assert "Read-only file system" in caplog.text and "step-00000001 is intact" in caplog.text
+    subprocess.run([part.format("rw") for part in remount], check=True, timeout=60)
+    assert checkpoints.save(state_after(2)) and newest_checkpoint(folder).name == "step-00000002"
+
+
+@pytest.mark.faults
+@pytest.mark.covers("F22")
 def test_a_disk_that_is_really_full(
     small_tmpfs: SmallTmpfs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

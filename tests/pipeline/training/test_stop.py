@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,10 @@ def test_other_ranks_do_not_look_for_the_file(tmp_path: Path) -> None:
 
 CHILD = """
 import sys, time
+from pathlib import Path
 from pipeline.training.stop import Stop
 from pipeline.training.world import World
-with Stop(World()) as stop:
+with Stop(World(), stacks=Path(sys.argv[1])) as stop:
     print("ready", flush=True)
     while True:
         stop.agreed()
@@ -80,16 +82,16 @@ with Stop(World()) as stop:
 """
 
 
-def start_child() -> subprocess.Popen[str]:
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start_child(stacks: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, str(stacks)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     return child
 
 
-def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
-    child = start_child()
+@pytest.mark.covers("F10")
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path: Path) -> None:
+    child = start_child(tmp_path / "stacks.txt")
     assert child.stdout is not None
     child.send_signal(signal.SIGINT)
     while child.stdout.readline().strip() != "signal":
@@ -98,16 +100,28 @@ def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
     assert child.wait(10) == -signal.SIGINT
 
 
-def test_usr1_writes_the_stacks_and_changes_nothing() -> None:
-    child = start_child()
-    child.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
+@pytest.mark.covers("F12")
+def test_usr1_writes_the_stacks_to_stderr_and_to_the_log_and_changes_nothing(tmp_path: Path) -> None:
+    stacks = tmp_path / "log" / "stacks.txt"
+    child = start_child(stacks)
+    for times in (1, 2):
+        child.send_signal(signal.SIGUSR1)
+        wait_until(lambda count=times: stacks.read_text().count("<string>") >= count)
     assert child.poll() is None
     child.kill()
     _, said = child.communicate(timeout=10)
-    assert "most recent call first" in said and "<string>" in said
+    assert said.count("most recent call first") == stacks.read_text().count("most recent call first") == 2
+    assert "<string>" in said
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_seconds = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_seconds, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.covers("F9")
 def test_a_forked_child_ignores_what_its_group_gets() -> None:
     with Stop(World()) as stop:
         pid = os.fork()

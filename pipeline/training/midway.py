@@ -1,0 +1,190 @@
+"""Validation loss and pictures while training goes on: at any ZeRO stage, of raw and averaged weights.
+
+The work is cut into the same pieces at every world size and dealt to the ranks, with fillers, so that all make
+equally many forward passes. It draws nothing from torch's generators and leaves every weight as it was: training
+is bit for bit the one that never looked.
+"""
+
+import base64
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluate import (
+    KINDS,
+    Evaluator,
+    evaluation_timesteps,
+    loss_values,
+    summary,
+    validation_text_encoder,
+)
+from pipeline.generate import Generator, TrainedNetwork, encoder_folders
+from pipeline.latents.reader import LatentDataset
+from pipeline.models.autoencoder import FrozenAutoencoder
+from pipeline.models.text_encoder import FrozenTextEncoder
+from pipeline.models.unet import UNet
+from pipeline.paths import RunPaths, dataset_folder
+from pipeline.progress import Progress
+from pipeline.sample import chosen_prompts, grid_record, publish_grid
+from pipeline.tracking import Records
+from pipeline.training.checkpoint import on_first_rank
+from pipeline.training.ema import Ema
+from pipeline.training.engine import Engine
+from pipeline.training.fragments import Fragments
+from pipeline.training.save import RunState
+from pipeline.training.swap import RAW, weights_of
+from pipeline.training.turns import Share
+from pipeline.training.world import World
+
+logger = logging.getLogger(__name__)
+
+PICTURES_AT_ONCE = 4
+"""Pictures a piece of work: small, so that many ranks have some, and fixed, so that none differs between world sizes."""
+
+
+class Midway:
+    """What is measured and painted between the steps of one run; every method is called by all ranks together."""
+
+    def __init__(
+        self, config: RunConfig, paths: RunPaths, world: World, engine: Engine, fragments: Fragments, ema: Ema
+    ) -> None:
+        """Open what `evaluate.every` and `sample.every` need, so that what is missing is said before the first step.
+
+        Raises:
+            ConfigError: no validation split, no prompts, or averages that training does not keep.
+            DataError: the encoders are not those that made the data set.
+        """
+        self._config, self._paths, self._world = config, paths, world
+        self._engine, self._fragments, self._ema = engine, fragments, ema
+        self._share = Share(world.rank, world.world_size)
+        self._folder = dataset_folder(config, paths)
+        self._prompts: list[str] = []
+        if config.evaluate.every is not None:
+            self._require_validation()
+        if config.sample.every is not None:
+            self._require_weights(config.sample.weights)
+            self._prompts = chosen_prompts(self._folder, config)
+            self._generator(RunState())
+
+    def evaluate(self, state: RunState, records: Records) -> None:
+        """Record the validation loss under raw and EMA weights: `val_loss_raw`, `val_loss_ema`, and by timestep."""
+        settings, device = self._config.evaluate, self._world.device
+        dataset = LatentDataset(self._folder, "validation")
+        encoder = validation_text_encoder(self._config, dataset, self._paths, device)
+        evaluator = Evaluator(self._engine, self._config.objective, device, dataset, encoder)
+        timesteps = evaluation_timesteps(settings.timesteps, self._config.objective.timesteps)
+        samples = min(len(dataset), settings.max_samples)
+        values: dict[str, float] = {}
+        for kind in KINDS:
+            with self._under(kind):
+                mine_NT = evaluator.losses(samples, timesteps, settings.batch, Progress(0), share=self._share)
+            # Every other rank has 0 in its place: the sum is exact.
+            losses_NT = np.array(self._world.sum(mine_NT.ravel().tolist())).reshape(mine_NT.shape)
+            values |= loss_values(kind, timesteps, summary(losses_NT))
+        dataset.close()
+        records.log(state.step, values, samples=state.samples)
+
+    def paint(self, state: RunState, records: Records) -> None:
+        """Paint the grid `samples/step-XXXXXXXX.png` with the weights `sample.weights`, as `ldm sample` would."""
+        sample = self._config.sample
+        generator = self._generator(state)
+        starts = range(0, len(self._prompts), PICTURES_AT_ONCE)
+        painted: dict[str, list[str]] = {}
+        with self._under(sample.weights):
+            for piece, filler in self._share.of(len(starts)):
+                part = self._prompts[starts[piece] : starts[piece] + PICTURES_AT_ONCE]
+                pictures = generator.paint(part, seed=sample.seed, sample=sample, first_picture=starts[piece])
+                if not filler:
+                    painted[str(piece)] = [_to_text(picture) for picture in pictures]
+        gathered: dict[str, list[str]] = {}
+        for part_of_rank in self._world.gather(painted):
+            gathered |= part_of_rank
+        record = grid_record(generator, self._config, self._prompts) | {"checkpoint": None}
+        on_first_rank(self._world, lambda: str(self._publish(state, gathered, record, records)))
+
+    def _publish(
+        self, state: RunState, gathered: dict[str, list[str]], record: dict[str, object], records: Records
+    ) -> Path:
+        texts = [text for piece in range(len(gathered)) for text in gathered[str(piece)]]
+        grid = publish_grid(self._paths, state.step, np.stack([_from_text(text) for text in texts]), record)
+        records.image(grid, state.step, "grid")
+        return grid
+
+    @contextmanager
+    def _under(self, kind: str) -> Iterator[None]:
+        """Let the engine compute under the weights `kind`, without dropout and gradients."""
+        with weights_of(self._fragments, self._ema, kind), torch.no_grad():
+            self._engine.network.eval()
+            try:
+                yield
+            finally:
+                self._engine.network.train()
+
+    def _generator(self, state: RunState) -> Generator:
+        """Return the generator of the network in training, its encoders loaded anew: they take no memory in between."""
+        autoencoder, text_encoder = encoder_folders(self._config, self._paths)
+        device = self._world.device
+        dataset = LatentDataset(self._folder)
+        trained = TrainedNetwork(
+            cast(UNet, _InTraining(self._engine)),  # Sampling asks for predictions and the device only.
+            self._config,
+            self._config.sample.weights,
+            self._paths.checkpoints,
+            state.step,
+            state.samples,
+            dataset.manifest.digest,
+        )
+        generator = Generator(
+            trained,
+            FrozenAutoencoder.load(autoencoder, device),
+            FrozenTextEncoder.load(text_encoder, device, self._config.encode.precision),
+        )
+        generator.refuse_mismatch(self._folder)
+        return generator
+
+    def _require_validation(self) -> None:
+        dataset = LatentDataset(self._folder, "validation")
+        dataset.close()
+        if len(dataset) == 0:
+            raise ConfigError(
+                f"evaluate.every: the validation split of {self._folder} is empty; set encode.validation_samples and "
+                "encode again, or evaluate.every=null"
+            )
+
+    def _require_weights(self, kind: str) -> None:
+        kept = (RAW, *self._ema.kinds)
+        if kind not in kept:
+            raise ConfigError(
+                f"sample.weights {kind!r}: training keeps {', '.join(kept)}; choose one of them for sample.every"
+            )
+
+
+class _InTraining(nn.Module):
+    """The engine's network as sampling sees it; the weights stay the engine's."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.network, self._predict = engine.network, engine
+
+    def forward(self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
+        return self._predict(latents_BCHW, timesteps_B, text_BLD)
+
+
+def _to_text(picture_HWC: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(picture_HWC).save(stream, format="PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _from_text(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))

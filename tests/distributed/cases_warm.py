@@ -1,0 +1,133 @@
+"""What the ranks do in the tests of warm starts: begin with weights that are there, freeze some, go on, stop, resume."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.errors import PipelineError
+from pipeline.models.unet import UNet
+from pipeline.paths import RunPaths
+from pipeline.training import train as train_module
+from pipeline.training.checkpoint import load_weights
+from pipeline.training.ema import Ema
+from pipeline.training.engine import Engine
+from pipeline.training.fragments import Fragments
+from pipeline.training.frozen import frozen_weights
+from pipeline.training.manifest import committed
+from pipeline.training.warm_start import freeze, warm_start
+from pipeline.training.world import World, end_world
+from tests.distributed.cases import _meet, make_config, paths_of
+
+
+def warm_config(root: Path, name: str, **sections: Any) -> RunConfig:
+    """Return the tiny run of `make_config` with these sections changed; `source` is relative to ROOT."""
+    tree = json.loads(make_config(root, name).model_dump_json())
+    for section, fields in sections.items():
+        tree[section] = (tree[section] or {}) | fields
+    if tree["warm_start"]:
+        tree["warm_start"]["source"] = str(root / tree["warm_start"]["source"])
+    tree["data"]["dataset"] = str(root / tree["data"]["dataset"])
+    return RunConfig.model_validate_json(json.dumps(tree))
+
+
+def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
+    """Meet the other ranks and run these cases in order; an error of ours is a result too."""
+    world = _meet()
+    results: list[Any] = []
+    for name, arguments in orders:
+        try:
+            results.append(globals()[name](world, root, **arguments))
+        except PipelineError as error:
+            results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
+    end_world()
+    return results
+
+
+def train(world: World, root: str, name: str, attempt: str = "a1", **sections: Any) -> dict[str, Any]:
+    """Train one run and return where it ended."""
+    config, paths = warm_config(Path(root), name, **sections), paths_of(Path(root), name)
+    with _begun_warm(config, paths, world):
+        result = train_module.train(config, paths, world, attempt=attempt)
+    return {"step": result.step, "samples": result.samples}
+
+
+def begin(world: World, root: str, name: str, kind: str, **sections: Any) -> dict[str, Any]:
+    """Begin without a step; return what in this rank's shards is not the source's `kind` of weights."""
+    config = warm_config(Path(root), name, **sections)
+    torch.manual_seed(9)
+    network = UNet(config.model)
+    engine = Engine(network, engine=config.engine, optimizer=config.optimizer, world=world, micro_batches=1)
+    fragments = Fragments(engine, world)
+    ema = Ema(fragments, config.ema)
+    state = warm_start(config, fragments, ema, world, data_digest="another")
+    assert config.warm_start is not None
+    expected = load_weights(Path(root) / "source" / "checkpoints" / "step-00000004", kind)
+    wrong = [
+        piece.name
+        for tensors in (
+            [(piece, piece.master) for piece in fragments.resident],
+            [(piece, average) for _, piece, average in ema.held()],
+        )
+        for piece, tensor in tensors
+        if not torch.equal(tensor, expected[piece.name].view(-1)[piece.start : piece.stop])
+    ]
+    moments = sum(float(piece.exp_avg.abs().sum()) for piece in fragments.resident)
+    reference = UNet(config.model).to(world.device)
+    reference.load_state_dict(expected)
+    inputs = (torch.ones(1, 4, 8, 8), torch.tensor([7]), torch.ones(1, 3, 32))
+    with torch.no_grad():
+        difference = float((engine(*inputs).float() - reference(*inputs)).abs().max())
+    engine.close()
+    answer = {"wrong": wrong, "moments": moments, "difference": difference, "adam": fragments.updates}
+    return answer | {"step": state.step, "ema": ema.updates, "pieces": len(fragments.resident)}
+
+
+def frozen_after(world: World, root: str, name: str, step: int) -> dict[str, Any]:
+    """Return how the weights of a run's checkpoint compare with the source's."""
+    started = load_weights(Path(root) / "source" / "checkpoints" / "step-00000006", "ema")
+    checkpoint = paths_of(Path(root), name).checkpoints / f"step-{step:08d}"
+    fixed, learnt = frozen_weights(checkpoint), load_weights(checkpoint, "raw")
+    whole = learnt | fixed
+    return {
+        "fixed": sorted(fixed),
+        "fixed_as_they_were": all(torch.equal(fixed[weight], started[weight]) for weight in fixed),
+        "learnt_moved": all(
+            not torch.equal(learnt[weight], started[weight]) for weight in learnt.keys() - fixed
+        ),
+        "whole": whole.keys() == started.keys(),
+    }
+
+
+@contextmanager
+def _begun_warm(config: RunConfig, paths: RunPaths, world: World) -> Iterator[None]:
+    """Let `train` freeze what the config names, and begin a run without a checkpoint as it says."""
+    plain_resume, plain_ema = train_module._resume, train_module.Ema
+    parts: dict[str, Any] = {}
+
+    def build(model: Any) -> UNet:
+        network = UNet(model)
+        freeze(network, config, paths, world)
+        return network
+
+    def average(fragments: Any, ema: Any) -> Ema:
+        parts.update(fragments=fragments, ema=plain_ema(fragments, ema))
+        return parts["ema"]
+
+    def resume(checkpoints: Any, facts: Any, *rest: Any) -> Any:
+        fresh = not committed(paths.checkpoints)
+        state = plain_resume(checkpoints, facts, *rest)
+        if fresh:
+            return warm_start(config, parts["fragments"], parts["ema"], world, facts["data_digest"])
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "UNet", build)
+        patch.setattr(train_module, "Ema", average)
+        patch.setattr(train_module, "_resume", resume)
+        yield

@@ -1,0 +1,53 @@
+"""What `ldm check` says of the engine: the derived config, and the combinations that are refused with their reasons."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.check import check_config
+from pipeline.config.engine import REFUSALS
+from pipeline.errors import ConfigError
+from tests.faults.outcome import ROOT
+
+DEMO = Path("configs/demo.yaml")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_page_shows_the_derived_config_with_the_hatch_and_what_is_never_allowed() -> None:
+    page = check_config(DEMO, ["engine.deepspeed={zero_optimization: {sub_group_size: 77}}"])
+    assert "'sub_group_size': 77" in page
+    for refusal in REFUSALS:
+        assert refusal.reason in page and refusal.remedy in page
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["engine.zero_stage=0", "engine.precision=bf16"], "stray Adam step"),
+        (["engine.zero_stage=0", "engine.precision=fp16"], "stray Adam step"),
+        (
+            ["engine.zero_stage=0", "engine.precision=fp32", "engine.offload_optimizer=true"],
+            "no ZeRO partition",
+        ),
+        (["engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"], "names the wrong weights"),
+        (
+            ["engine.deepspeed={optimizer: {type: Adam}}"],
+            "engine.deepspeed.optimizer: follows from optimizer",
+        ),
+    ],
+)
+def test_a_refused_combination_is_told_with_its_reason(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_config(DEMO, overrides)
+
+
+def test_the_hatch_is_checked_together_with_the_rest() -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_config(
+            DEMO, ["engine.deepspeed={scheduler: {}, fp16: {enabled: true}}", "optimizer.warmup_steps=999999"]
+        )
+    assert len(raised.value.problems) == 3
