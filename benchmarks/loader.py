@@ -34,7 +34,7 @@ from pipeline.publish import whole_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "benchmarks"
-SAMPLES = {"8KB": 8192, "126KB": 1536}
+SAMPLES = {"8KB": 4096, "126KB": 1536}
 LEAST = {"8KB": 12.0, "126KB": 8.0}
 PEERS = ("webdataset-decode", "webdataset-raw", "litdata", "energon", "ours-with-draws")
 MOST_BLOCKED, MOST_RESUME_SECONDS = 0.01, 0.050

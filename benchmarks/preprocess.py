@@ -182,11 +182,11 @@ def memory(rounds: int, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as root:
         for shards in peaks:
             (Path(root) / str(shards)).mkdir()
-            make_source(Path(root) / str(shards), shards, 100)
+            make_source(Path(root) / str(shards), shards, 40)
         for _ in range(rounds):
             for shards, seen in peaks.items():
                 seen.append(in_child("memory", Path(root) / str(shards), 1, 0)[0]["peak_mb"])
-    print("| shards of 100 | peak MB: median (lowest to highest) |\n|---|---|")
+    print("| shards of 40 | peak MB: median (lowest to highest) |\n|---|---|")
     for shards, seen in peaks.items():
         print(f"| {shards} | {statistics.median(seen):.1f} ({min(seen):.1f} to {max(seen):.1f}) |")
     ratios = sorted(b / a for a, b in zip(peaks[2], peaks[40], strict=True))

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -9,6 +11,9 @@ from pipeline.latents.manifest import Manifest
 from pipeline.latents.shard import Counts, ShardRecord
 from pipeline.paths import RunPaths
 from pipeline.tracking import read_records
+from preprocessing.leases import known_work, leased
+
+SPEED_SHARDS = 200
 
 
 def describe(path: Path) -> str:
@@ -20,7 +25,7 @@ def describe(path: Path) -> str:
     run = RunPaths(path)
     if any(mark.exists() for mark in (run.config, run.jobs, run.metrics, run.autoencoder, run.clip)):
         return describe_run(run)
-    if (path / "manifest.json").is_file() or any(path.glob("[0-9a-f][0-9a-f]/*.json")):
+    if (path / "manifest.json").is_file() or _markers(path) or known_work(path) is not None:
         return describe_dataset(path)
     raise ConfigError(
         f"{path}: neither a run folder (config.yaml) nor a data set (manifest.json, shard markers)"
@@ -45,17 +50,44 @@ def describe_run(paths: RunPaths) -> str:
 
 
 def describe_dataset(dataset: Path) -> str:
-    """Return counts and rejects of a data set, finished or not."""
+    """Return counts and rejects of a data set, finished or not: shards done, leased and left, speed, time left."""
     if (dataset / "manifest.json").is_file():
         manifest = Manifest.load(dataset)
-        state, counts = f"finished, {manifest.splits}, digest {manifest.digest[:16]}", manifest.counts
+        lines = [f"{dataset}: finished, {manifest.splits}, digest {manifest.digest[:16]}"]
+        counts = manifest.counts
     else:
-        markers = sorted(dataset.glob("[0-9a-f][0-9a-f]/*.json"))
+        markers = _markers(dataset)
         counts = Counts()
         for marker in markers:
             counts = counts.plus(ShardRecord.load(marker).counts)
-        state = f"{len(markers)} shards encoded, no manifest yet: `ldm finalize` comes next"
-    lines = [f"{dataset}: {state}", f"  read {counts.read}, written {counts.written}"]
+        lines = _work_lines(dataset, markers)
+    lines.append(f"  read {counts.read}, written {counts.written}")
     lines += [f"  rejected({reason}) {number}" for reason, number in counts.rejected.items()]
     lines += [f"  failed({reason}) {number}" for reason, number in counts.failed.items()]
     return "\n".join(lines)
+
+
+def _markers(dataset: Path) -> list[Path]:
+    return sorted(path for path in dataset.glob("*/*.json") if not path.parent.name.startswith("."))
+
+
+def _work_lines(dataset: Path, markers: Sequence[Path]) -> list[str]:
+    """Return how far the workers are; speed is that of the newest markers, by the file server's own clock."""
+    holders, total = leased(dataset), known_work(dataset)
+    if total is None:
+        return [f"{dataset}: {len(markers)} shards encoded, no manifest yet: `ldm finalize` comes next"]
+    left = max(0, total - len(markers) - len(holders))
+    lines = [f"{dataset}: {len(markers)} of {total} shards done, {len(holders)} leased, {left} left"]
+    if len(markers) == total:
+        lines.append("  no manifest yet: `ldm finalize` comes next")
+        return lines
+    newest = sorted(markers, key=lambda path: path.stat().st_mtime)[-SPEED_SHARDS:]
+    if len(newest) > 1:
+        seconds = newest[-1].stat().st_mtime - newest[0].stat().st_mtime
+        read = sum(ShardRecord.load(marker).counts.read for marker in newest[1:])
+        if seconds > 0 and read:
+            time_left = (total - len(markers)) * seconds / (len(newest) - 1)
+            lines.append(f"  {read / seconds:.1f} images/s, about {time_left / 60:.0f} minutes left")
+    hosts = Counter(owner.host if owner else "unknown" for owner in holders.values())
+    lines += [f"  at work: {host} with {count} shards" for host, count in sorted(hosts.items())]
+    return lines

@@ -79,7 +79,9 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, tuple[str
         return image, (UNUSABLE,)  # a grey picture with an RGB profile is common, other mixtures are mistakes
     if found.transform is None:
         return image, ()
-    return ImageCms.applyTransform(image.convert(found.mode), found.transform), (CONVERTED,)
+    converted = ImageCms.applyTransform(image.convert(found.mode), found.transform)
+    assert converted is not None  # only in-place calls return nothing
+    return converted, (CONVERTED,)
 
 
 @lru_cache(maxsize=64)

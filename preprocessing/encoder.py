@@ -147,13 +147,14 @@ class PairEncoder:
         cut = truncated.cpu().numpy().reshape(self.batch, n).any(axis=1)
         tokens_BNL = tokens.cpu().numpy().reshape(self.batch, n, -1)
         if self.spec.text != "embeddings" and self.spec.pooled_width is None:
-            return EncodedText(tokens_BNL), cut, np.zeros(self.batch, bool)
+            return EncodedText(tokens_BNL), np.asarray(cut), np.zeros(self.batch, bool)
         on_device = tokens.to(self._device)
         found, retried = _finite_or_fp32(self._text_encoder, lambda model: _present(model, on_device))
         shaped = [array.reshape(self.batch, n, *array.shape[1:]) for array in found]
         pooled = shaped[1] if self.spec.pooled_width is not None else None
         states = shaped[0] if self.spec.text == "embeddings" else None
-        return EncodedText(tokens_BNL, states, pooled), cut, retried.reshape(self.batch, n).any(axis=1)
+        again = np.asarray(retried.reshape(self.batch, n).any(axis=1))
+        return EncodedText(tokens_BNL, states, pooled), np.asarray(cut), again
 
 
 def _require_shapes(encode: EncodeConfig, downsampling: int) -> None:

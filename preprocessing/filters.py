@@ -60,17 +60,23 @@ class Rules:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the rules stored in a fingerprint or manifest; other entries there are left alone.
 
-        Settings that did not exist when the data set was made have their defaults.
+        Settings that did not exist when the data set was made say what was done then.
         """
-        chosen = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        tuples = {name: tuple(chosen[name]) for name in ("background", "caption_columns") if name in chosen}
+        chosen: dict[str, Any] = {"draft": False} | {
+            name: data[name] for name in cls.__dataclass_fields__ if name in data
+        }
+        tuples: dict[str, Any] = {
+            name: tuple(chosen[name]) for name in ("background", "caption_columns") if name in chosen
+        }
         buckets = tuple((height, width) for height, width in chosen.get("buckets", ()))
         filters = tuple(FilterRule.model_validate(_as_tuples(rule)) for rule in chosen.get("filters", ()))
-        return cls(**{**chosen, **tuples, "buckets": buckets, "filters": filters})
+        chosen |= tuples
+        chosen |= {"buckets": buckets, "filters": filters}
+        return cls(**chosen)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        plain = asdict(replace(self, filters=()))
+        plain: dict[str, Any] = asdict(replace(self, filters=()))
         filters = [rule.model_dump(mode="json") for rule in self.filters]
         lists = {"background": list(self.background), "caption_columns": list(self.caption_columns)}
         return {**plain, **lists, "buckets": [list(bucket) for bucket in self.buckets], "filters": filters}
@@ -78,6 +84,10 @@ class Rules:
     def shapes(self) -> tuple[Bucket, ...]:
         """Return every (height, width) that a prepared picture can have."""
         return self.buckets or ((self.image_size, self.image_size),)
+
+    def without_filters(self) -> Self:
+        """Return the same rules for samples that passed already: a report's originals."""
+        return replace(self, filters=())
 
     def squares_only(self) -> Self:
         """Return the same rules with one square instead of buckets, as the first stage wants it."""

@@ -77,6 +77,7 @@ def finalize_dataset(
             f"validation (encode.validation_samples {config.encode.validation_samples}); "
             f"rejected {counts.rejected}, failed {counts.failed}"
         )
+    _refuse_small_buckets(out, segments, config.engine.global_batch)
     remove_dead_temporaries(out)
     remove_leases(out)
     manifest = Manifest(
@@ -237,6 +238,19 @@ def _buckets(segments: Sequence[Segment]) -> list[dict[str, Any]]:
         {"height": height, "width": width, **{split: rows[height, width, split] for split in SPLITS}}
         for height, width in sizes
     ]
+
+
+def _refuse_small_buckets(out: Path, segments: Sequence[Segment], global_batch: int) -> None:
+    """Refuse shapes among several that cannot fill one batch: their samples would be seen too rarely, or never."""
+    buckets = _buckets(segments)
+    small = [bucket for bucket in buckets if bucket["train"] < global_batch]
+    if len(buckets) > 1 and small:
+        named = [f"{bucket['height']}x{bucket['width']} ({bucket['train']})" for bucket in small]
+        raise DataError(
+            f"{out}: {len(small)} of {len(buckets)} buckets have fewer training samples than engine.global_batch "
+            f"{global_batch}: {_listed(named)}; encode into a new folder without them in encode.buckets (a wider "
+            "bucket_tolerance merges them into their neighbours), or train with a smaller batch"
+        )
 
 
 def _statistics(records: Sequence[ShardRecord], spec: LatentSpec) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def prepare_image(payload: bytes, rules: Rules) -> Picture | Rejection:
 def _header_problem(image: Image.Image, payload: bytes, rules: Rules) -> str | None:
     problem = size_problem(image.height, image.width, rules)
     problem = problem or cost_problem(payload, image.height, image.width)
-    if problem is None and isinstance(image, JpegImageFile):
+    if problem is None and isinstance(image, JpegImageFile) and image.fp is not None:
         progressive = "progressive" in image.info
         return scans_problem(payload, image.fp.tell(), image.layers, progressive)
     return problem

@@ -66,7 +66,7 @@ class Comparison:
         return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def write_report(out: Path, source: Path, autoencoder: Path) -> Path:
+def write_report(out: Path, source: Path | str, autoencoder: Path) -> Path:
     """Write DATASET/report.html for the finished data set in `out`, encoded from `source`; return its path.
 
     Raises:
@@ -76,7 +76,7 @@ def write_report(out: Path, source: Path, autoencoder: Path) -> Path:
     return render_report(out, source, decoder)
 
 
-def render_report(out: Path, source: Path, decoder: Decoder) -> Path:
+def render_report(out: Path, source: Path | str, decoder: Decoder) -> Path:
     """Write the report with a loaded autoencoder; see `write_report`."""
     dataset = LatentDataset(out, "train")
     used = dataset.manifest.encoder["autoencoder"]
@@ -88,6 +88,7 @@ def render_report(out: Path, source: Path, decoder: Decoder) -> Path:
     sections = [
         ("What became of the input", _counts(dataset, rows)),
         ("Captions and pictures", _input_histograms(dataset, rows)),
+        ("Buckets", _buckets(dataset)),
         ("Latents", _latents(dataset)),
         ("Storage", _storage(dataset)),
         ("Original beside decoded latent, worst first", _gallery(compare(out, source, decoder))),
@@ -110,13 +111,13 @@ def _rows(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def compare(out: Path, source: Path, decoder: Decoder) -> list[Comparison]:
+def compare(out: Path, source: Path | str, decoder: Decoder) -> list[Comparison]:
     """Return samples of both splits, evenly spaced, each with its original and its decoded latent; worst first."""
     shards = {shard.stem: shard for shard in list_shards(source)}
     found = []
     for split in SPLITS:
         dataset = LatentDataset(out, split)
-        rules = Rules.from_dict(dataset.manifest.preprocessing)
+        rules = Rules.from_dict(dataset.manifest.preprocessing).without_filters()
         wanted: dict[str, dict[str, int]] = {}
         for index in spaced(len(dataset), GALLERY_SAMPLES // 2):
             stem = dataset.shard_names[dataset.table.place(index).shard]
@@ -130,6 +131,17 @@ def compare(out: Path, source: Path, decoder: Decoder) -> list[Comparison]:
                     found.append(_comparison(dataset, indices[raw.key], prepared, decoder))
         dataset.close()
     return sorted(found, key=lambda comparison: comparison.psnr)
+
+
+def compare_with(out: Path, source: Path | str, autoencoder: Path) -> str:
+    """Return a line on how well the latents decode to their originals: worst, median and best PSNR."""
+    found = [comparison.psnr for comparison in compare(out, source, FrozenAutoencoder.load(autoencoder))]
+    if not found:
+        return f"{out}: no sample to compare with {source}"
+    return (
+        f"{out}: {len(found)} latents decoded beside their originals, PSNR {found[0]:.1f} to {found[-1]:.1f} dB, "
+        f"median {float(np.median(found)):.1f} dB"
+    )
 
 
 def _comparison(dataset: LatentDataset, index: int, prepared: PreparedSample, decoder: Decoder) -> Comparison:
@@ -180,6 +192,17 @@ def _input_histograms(dataset: LatentDataset, rows: Sequence[dict[str, Any]]) ->
             (aspect, "width over height of the original"),
         )
     )
+
+
+def _buckets(dataset: LatentDataset) -> str:
+    buckets = dataset.manifest.buckets
+    most = max(sum(bucket[split] for split in SPLITS) for bucket in buckets)
+    lines = []
+    for bucket in buckets:
+        samples = sum(bucket[split] for split in SPLITS)
+        bar = "\N{FULL BLOCK}" * max(1, round(24 * samples / most))
+        lines.append((f"{bucket['height']} x {bucket['width']}", *(bucket[split] for split in SPLITS), bar))
+    return _table(("pixels", *SPLITS, ""), lines)
 
 
 def used_tokens(tokens_L: np.ndarray) -> int:

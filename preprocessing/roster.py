@@ -114,7 +114,9 @@ def encode_shards(work: Work, encoder: Encoder, encode: EncodeConfig) -> EncodeC
         with (
             Leases(work.dataset, encode.lease_seconds) as leases,
             open_decoder(encode.decode_processes, Rules.from_config(encode), limits) as processes,
-            Decoders(threads, threads + 2 * encode.batch, processes and processes.decode) as decoders,
+            Decoders(
+                threads, threads + 2 * encode.batch, processes.decode if processes else None
+            ) as decoders,
             _meter(work) as meter,
         ):
             job = _Job(work, encoder, encode, leases, decoders, meter)

@@ -85,7 +85,9 @@ class InputShard(ABC):
 class Content(Protocol):
     """The opened files of a shard."""
 
-    members: Sequence[Member]
+    @property
+    def members(self) -> Sequence[Member]:
+        """All files in order."""
 
     def read(self, member: Member) -> bytes:
         """Return the content of a member."""

@@ -171,12 +171,13 @@ class _Encoding:
         encoded, retries = self.turn.encode(samples)
         self.out_of_memory_retries += retries
         for place, sample in enumerate(samples):
-            remarks = [*sample.remarks, *encoded.remarks(place)]
-            self.ledger.remarks.update(remarks)
+            self.ledger.remarks.update(sample.remarks)
             problem = encoded.problems[place]
             if problem is not None:
                 self.ledger.refuse(sample, Rejection(problem))
                 continue
+            self.ledger.remarks.update(encoded.remarks(place))
+            remarks = [*sample.remarks, *encoded.remarks(place)]
             arrays = {name: array[place] for name, array in encoded.arrays.items()}
             height, width = sample.bucket
             facts = sample.facts() | {"height": height, "width": width}

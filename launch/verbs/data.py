@@ -70,21 +70,27 @@ def verify(
         int | None, typer.Option(min=1, help="how many samples to re-read; default all")
     ] = None,
     decode_with: Annotated[Path | None, typer.Option(help="autoencoder folder: decodes latents too")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="with --decode-with: compares with the originals in this input")
+    ] = None,
 ) -> None:
     """Re-read a data set: counts, checksums, shapes, finite values; list every problem.
 
-    Example: ldm verify runs/demo/latents
+    Example: ldm verify runs/demo/latents --decode-with runs/demo/autoencoder --source examples/emoji
     """
     from pipeline.errors import DataError
     from pipeline.latents.manifest import Manifest
 
     Manifest.load(dataset)  # Before the heavy imports: a wrong folder is said at once.
+    from preprocessing.report import compare_with
     from preprocessing.verify import verify_dataset
 
     result = verify_dataset(dataset, samples=samples, decode_with=decode_with)
     if result.problems:
         raise DataError("\n".join(result.problems))
     typer.echo(f"{dataset}: {result.checked} samples checked, no problems")
+    if source is not None and decode_with is not None:
+        typer.echo(compare_with(dataset, source, decode_with))
 
 
 @app.command()

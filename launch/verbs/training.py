@@ -82,7 +82,8 @@ def export(
     overrides: Overrides = None,
     weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "ema",
     deepspeed: Annotated[
-        bool, typer.Option("--deepspeed", help="write RUN/deepspeed instead: DeepSpeed's universal checkpoint")
+        bool,
+        typer.Option("--deepspeed", help="write RUN/deepspeed instead: DeepSpeed's universal checkpoint"),
     ] = False,
 ) -> None:
     """Write RUN/pipeline, a folder that diffusers' StableDiffusionPipeline.from_pretrained loads.

@@ -16,9 +16,9 @@ from pipeline import storage
 from pipeline.data.cache import NodeCache
 from pipeline.errors import DataError, PipelineError
 from pipeline.latents.manifest import MANIFEST_NAME, SEGMENTS_NAME, SHARDS_NAME, Manifest
-from pipeline.latents.reader import OpenShard
 from pipeline.latents.rows import SHARD_SCHEMA, read_table
 from pipeline.latents.shard import shard_path
+from pipeline.latents.shard_files import OpenShard
 from pipeline.publish import whole_folder
 
 LISTED_ABOVE = 32

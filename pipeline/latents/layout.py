@@ -4,13 +4,16 @@ A positional read takes a list of buffers, so the payloads of a sample land in t
 npy headers between them are compared for the whole batch at once.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from pipeline.latents.record import TAR_BLOCK, in_tar_bytes, member_bytes, npy_header
+from pipeline.latents.segments import Places
 from pipeline.latents.spec import Bucket, LatentSpec, Member
 
 
@@ -89,3 +92,22 @@ def wrong_headers(layout: Layout, scratch: np.ndarray) -> dict[int, str]:
         for number in np.flatnonzero(~same):
             wrong.setdefault(int(number), member.name)
     return wrong
+
+
+@dataclass(frozen=True)
+class BatchBytes:
+    """One read of several samples."""
+
+    places: Places
+    buffers: Sequence[list[Any]]
+    layout: Layout
+    scratch: np.ndarray
+    tails: list[bytearray]
+    verify: bool
+
+    def crc32(self, number: int) -> int:
+        """Return the checksum of the sample's bytes in file order."""
+        value = 0
+        for part in self.buffers[number]:
+            value = zlib.crc32(part, value)
+        return value

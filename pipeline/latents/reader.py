@@ -9,110 +9,27 @@ import os
 import resource
 import threading
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.latents.checksums import Checksums
-from pipeline.latents.layout import Layout, sample_layout, sample_views, wrong_headers
+from pipeline.latents.layout import BatchBytes, sample_layout, sample_views, wrong_headers
 from pipeline.latents.manifest import SEGMENTS_NAME, SHARDS_NAME, Manifest
 from pipeline.latents.record import LatentSample, parse_sample
 from pipeline.latents.rows import SHARD_SCHEMA, read_table
 from pipeline.latents.segments import Places, SegmentTable, load_segments
-from pipeline.latents.shard import shard_path
+from pipeline.latents.shard_files import LocalShards, OpenShard, Shards
 from pipeline.publish import file_digest
 
 MAX_OPEN_SHARDS = 512
 # Before the second, third and fourth attempt at a read that the system refused.
 PAUSES_SECONDS = (0.1, 0.5, 2.0)
-
-
-class OpenShard(Protocol):
-    """A shard that can be read at any offset, by several threads at once."""
-
-    def readv(self, buffers: Sequence[memoryview | bytearray], offset: int) -> int:
-        """Fill the buffers with what lies from `offset` on; return the bytes read, fewer only at the end."""
-        ...
-
-
-class Shards(Protocol):
-    """Where the files of shards come from: a folder, or a store behind a cache."""
-
-    @property
-    def verified(self) -> bool:
-        """Whether `open` holds the whole tar against its digest."""
-        ...
-
-    def open(self, stem: str) -> OpenShard:
-        """Open the tar of a shard."""
-        ...
-
-    def sizes(self, stems: Sequence[str]) -> list[int | None]:
-        """Return the size of each tar in bytes, None where it is missing."""
-        ...
-
-    def table(self, stem: str) -> Path:
-        """Return a local path of the shard's parquet."""
-        ...
-
-    def where(self, stem: str) -> str:
-        """Return the place of the shard's tar as a user knows it."""
-        ...
-
-
-class _LocalTar:
-    """A descriptor that closes when its last user lets go of it.
-
-    A thread that is reading keeps its own reference, so that another thread which opens many shards cannot
-    close the number under it (or let a different file take that number).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-    def readv(self, buffers: Sequence[memoryview | bytearray], offset: int) -> int:
-        return os.preadv(self.descriptor, buffers, offset)
-
-
-@dataclass(frozen=True)
-class LocalShards:
-    """Shards in a folder of this machine or of a shared file system."""
-
-    folder: Path
-    verified: bool = False
-
-    def open(self, stem: str) -> OpenShard:
-        """Open the tar of a shard."""
-        return _LocalTar(shard_path(self.folder, stem, ".tar"))
-
-    def sizes(self, stems: Sequence[str]) -> list[int | None]:
-        """Return the size of each tar in bytes, None where it is missing."""
-        return [_size_bytes(shard_path(self.folder, stem, ".tar")) for stem in stems]
-
-    def table(self, stem: str) -> Path:
-        """Return the path of the shard's parquet."""
-        return shard_path(self.folder, stem, ".parquet")
-
-    def where(self, stem: str) -> str:
-        """Return the path of the shard's tar."""
-        return str(shard_path(self.folder, stem, ".tar"))
-
-
-def _size_bytes(path: Path) -> int | None:
-    try:
-        return path.stat().st_size if path.is_file() else None
-    except OSError:
-        return None
 
 
 @dataclass
@@ -198,27 +115,18 @@ class LatentDataset:
         Raises:
             DataError: naming shard and key of every sample that is not as it was written.
         """
-        firsts = {
-            int(shard): number for number, shard in reversed(list(enumerate(self.table.segments["shard"])))
-        }
+        found, first = np.unique(self.table.segments["shard"], return_index=True)
+        firsts = dict(zip(found.tolist(), first.tolist(), strict=True))
         starts = np.cumsum(self.table.segments["rows"], dtype=np.int64) - self.table.segments["rows"]
-        wrong = []
+        wrong: list[str] = []
         for shard in shards:
             if shard in firsts:
                 rows = int(self.table.segments["rows"][firsts[shard]])
-                wrong += self.damage(np.array([starts[firsts[shard]] + (shard * 7919) % rows]))
+                index = np.array([starts[firsts[shard]] + (shard * 7919) % rows])
+                arrays = self.empty_arrays(self.table.place(int(index[0])).bucket, 1)
+                wrong += map(str, self.read_batch(index, arrays, verify=True).failed.values())
         if wrong:
             raise DataError(f"{self.folder}: {len(wrong)} damaged samples: {'; '.join(wrong)}")
-
-    def damage(self, indices: np.ndarray) -> list[str]:
-        """Return a line, with shard and key, for each of these samples whose bytes are not as they were written."""
-        lines = []
-        for index in indices:
-            place = self.table.place(int(index))
-            bucket = np.array([index])
-            read = self.read_batch(bucket, self.empty_arrays(place.bucket, 1), verify=True)
-            lines += [str(error) for error in read.failed.values()]
-        return lines
 
     def empty_arrays(self, bucket: tuple[int, int], count: int) -> dict[str, np.ndarray]:
         """Return an uninitialised array [count, *shape] for each member of the samples of `bucket`."""
@@ -248,7 +156,7 @@ class LatentDataset:
             tails = [bytearray(layout.tail_bytes(int(json_bytes))) for json_bytes in places.json_bytes]
             buffers = [[*parts, tail] for parts, tail in zip(buffers, tails, strict=True)]
         failed = self._fill(places, buffers, layout.before_json_bytes, [len(tail) for tail in tails])
-        job = _Job(places, buffers, layout, scratch, tails, verify)
+        job = BatchBytes(places, buffers, layout, scratch, tails, verify)
         suspects = self._suspects(job, range(len(indices)), failed)
         for number in suspects:
             failed |= self._fill(
@@ -316,7 +224,7 @@ class LatentDataset:
         raise error
 
     def _suspects(
-        self, job: "_Job", numbers: Iterable[int], failed: Mapping[int, Exception]
+        self, job: BatchBytes, numbers: Iterable[int], failed: Mapping[int, Exception]
     ) -> dict[int, str]:
         """Return what is wrong with those of the samples whose bytes were read and are not as the format says."""
         headers = wrong_headers(job.layout, job.scratch)
@@ -334,7 +242,7 @@ class LatentDataset:
         stem = self.shard_names[int(places.shard[number])]
         return self.checksums.crc32(stem, int(places.row[number]))
 
-    def _damaged(self, job: "_Job", number: int, what: str) -> DataError:
+    def _damaged(self, job: BatchBytes, number: int, what: str) -> DataError:
         return DataError(f"{self._where(job.places, number)}: {what}; run `ldm verify`")
 
     def _where(self, places: Places, number: int) -> str:
@@ -345,7 +253,7 @@ class LatentDataset:
         except (DataError, OSError):
             return f"{self.shards.where(stem)}: row {row}"
 
-    def _record(self, job: "_Job", number: int, failed: dict[int, DataError | OSError]) -> dict[str, Any]:
+    def _record(self, job: BatchBytes, number: int, failed: dict[int, DataError | OSError]) -> dict[str, Any]:
         if number in failed:
             return {}
         start = job.layout.record_start()
@@ -415,25 +323,6 @@ class LatentDataset:
         """Close the descriptors of this process; a read that is under way ends first."""
         with self._lock:
             self._open.clear()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One read of several samples."""
-
-    places: Places
-    buffers: Sequence[list[Any]]
-    layout: Layout
-    scratch: np.ndarray
-    tails: list[bytearray]
-    verify: bool
-
-    def crc32(self, number: int) -> int:
-        """Return the checksum of the sample's bytes in file order."""
-        value = 0
-        for part in self.buffers[number]:
-            value = zlib.crc32(part, value)
-        return value
 
 
 def _unreadable(error: OSError, where: str) -> OSError:

@@ -5,6 +5,7 @@ concatenated along the channels, and the projected end state of the second is th
 B batch, L tokens, D width, P width of pooled text.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -44,7 +45,7 @@ class TextEncoderPair:
         self.digest = json_digest([first.digest, second.digest, projected_digest])
         self.tokenizer_digest = json_digest([first.tokenizer_digest, second.tokenizer_digest])
 
-    def tokenize(self, captions: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the first encoder's tokens int64 [B, L] and whether each caption was cut, bool [B]."""
         return self._first.tokenize(captions)
 

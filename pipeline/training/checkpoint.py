@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.training.fragment_file import Stretch, read_into, read_whole
+from pipeline.training.frozen import frozen_weights
 from pipeline.training.manifest import aside, committed, damaged_files, rank_file, read_manifest
 from pipeline.training.world import World
 from pipeline.training.writer import explain_os_error
@@ -86,9 +87,9 @@ def load_weights(checkpoint: Path, which: str, *, verified: bool = False) -> dic
     problems = [] if verified else list(damaged_files(checkpoint, manifest, names))
     if problems:
         raise CheckpointError("; ".join(problems))
-    return read_whole(
-        [checkpoint / name for name in names], "master" if which == "raw" else which, manifest["parameters"]
-    )
+    kind = "master" if which == "raw" else which
+    trained = read_whole([checkpoint / name for name in names], kind, manifest["parameters"])
+    return trained | frozen_weights(checkpoint)
 
 
 def load_stretches(

@@ -63,7 +63,13 @@ class TrainStep:
         text_BLD = self.text.states(batch)
         objective = self._config.objective
         loss_B = denoising_loss(
-            self._engine, x0_BCHW, text_BLD, batch.noise, batch.timesteps, self._schedule, objective.prediction
+            self._engine,
+            x0_BCHW,
+            text_BLD,
+            batch.noise,
+            batch.timesteps,
+            self._schedule,
+            objective.prediction,
         )
         size = x0_BCHW.shape[2:]
         weight_B = training_weight(objective, self._schedule, batch.timesteps, *size)

@@ -42,6 +42,7 @@ from pipeline.training.snapshots import Snapshots
 from pipeline.training.step import TrainStep
 from pipeline.training.stop import Stop
 from pipeline.training.text import open_text
+from pipeline.training.warm_start import freeze, warm_start
 from pipeline.training.world import World, limit_waiting
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
         opened.callback(dataset.close)
     dataset = datasets[0]  # All have its spec and its encoders, or the loader refuses them.
     loader = _open_loader(config, datasets, world)
-    engine = _build_engine(config, world, loader.micro_batches)
+    engine = _build_engine(config, paths, world, loader.micro_batches)
     opened.callback(engine.close)
     limit_waiting(config.health.collective_seconds)
     fragments = Fragments(engine, world)
@@ -180,6 +181,8 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
     )
     opened.callback(checkpoints.close)
     state = _resume(checkpoints, facts, paths, world)
+    if state is None:
+        state = warm_start(config, fragments, ema, world, facts["data_digest"])
     on_first_rank(world, lambda: _describe_run(config, paths, facts["versions"]))
     text = open_text(config, dataset, paths, world.device)
     step = TrainStep(config, world, engine, dataset.spec, text)
@@ -224,12 +227,14 @@ def _open_loader(config: RunConfig, datasets: Sequence[LatentDataset], world: Wo
     )
 
 
-def _build_engine(config: RunConfig, world: World, micro_batches: int) -> Engine:
+def _build_engine(config: RunConfig, paths: RunPaths, world: World, micro_batches: int) -> Engine:
     if world.device.type == "cpu":
         torch.set_num_threads(config.engine.threads)  # Sums over threads are part of the bits.
     torch.manual_seed(config.seed)
+    network = UNet(config.model)
+    freeze(network, config, paths, world)
     return Engine(
-        UNet(config.model),
+        network,
         engine=config.engine,
         optimizer=config.optimizer,
         world=world,
@@ -237,10 +242,12 @@ def _build_engine(config: RunConfig, world: World, micro_batches: int) -> Engine
     )
 
 
-def _resume(checkpoints: Checkpoints, facts: Mapping[str, Any], paths: RunPaths, world: World) -> RunState:
+def _resume(
+    checkpoints: Checkpoints, facts: Mapping[str, Any], paths: RunPaths, world: World
+) -> RunState | None:
     resumed = checkpoints.resume()
     if resumed is None:
-        return RunState()
+        return None
     state, manifest = resumed
     if manifest["data_digest"] != facts["data_digest"]:
         raise DataError(

@@ -1,26 +1,21 @@
 """What the ranks do in the tests of warm starts: begin with weights that are there, freeze some, go on, stop, resume."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.models.unet import UNet
-from pipeline.paths import RunPaths
 from pipeline.training import train as train_module
 from pipeline.training.checkpoint import load_weights
 from pipeline.training.ema import Ema
 from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
 from pipeline.training.frozen import frozen_weights
-from pipeline.training.manifest import committed
-from pipeline.training.warm_start import freeze, warm_start
+from pipeline.training.warm_start import warm_start
 from pipeline.training.world import World, end_world
 from tests.distributed.cases import _meet, make_config, paths_of
 
@@ -52,8 +47,7 @@ def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
 def train(world: World, root: str, name: str, attempt: str = "a1", **sections: Any) -> dict[str, Any]:
     """Train one run and return where it ended."""
     config, paths = warm_config(Path(root), name, **sections), paths_of(Path(root), name)
-    with _begun_warm(config, paths, world):
-        result = train_module.train(config, paths, world, attempt=attempt)
+    result = train_module.train(config, paths, world, attempt=attempt)
     return {"step": result.step, "samples": result.samples}
 
 
@@ -102,32 +96,3 @@ def frozen_after(world: World, root: str, name: str, step: int) -> dict[str, Any
         ),
         "whole": whole.keys() == started.keys(),
     }
-
-
-@contextmanager
-def _begun_warm(config: RunConfig, paths: RunPaths, world: World) -> Iterator[None]:
-    """Let `train` freeze what the config names, and begin a run without a checkpoint as it says."""
-    plain_resume, plain_ema = train_module._resume, train_module.Ema
-    parts: dict[str, Any] = {}
-
-    def build(model: Any) -> UNet:
-        network = UNet(model)
-        freeze(network, config, paths, world)
-        return network
-
-    def average(fragments: Any, ema: Any) -> Ema:
-        parts.update(fragments=fragments, ema=plain_ema(fragments, ema))
-        return parts["ema"]
-
-    def resume(checkpoints: Any, facts: Any, *rest: Any) -> Any:
-        fresh = not committed(paths.checkpoints)
-        state = plain_resume(checkpoints, facts, *rest)
-        if fresh:
-            return warm_start(config, parts["fragments"], parts["ema"], world, facts["data_digest"])
-        return state
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "UNet", build)
-        patch.setattr(train_module, "Ema", average)
-        patch.setattr(train_module, "_resume", resume)
-        yield

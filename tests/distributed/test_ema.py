@@ -125,7 +125,8 @@ def test_every_average_is_that_of_the_gathered_masters(results: Results, name: s
             for key, average in averages[kind].items():
                 average.lerp_(masters[key], 1.0 - profile.kept(updates, 1))
                 assert torch.equal(saved[key], average), (checkpoint, kind, key)
-            assert updates == 1 or not torch.equal(saved["conv_in.weight"], masters["conv_in.weight"])
+            # A power function keeps next to nothing of the first steps.
+            assert updates < STEPS or not torch.equal(saved["conv_in.weight"], masters["conv_in.weight"])
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -13,8 +13,8 @@ from pipeline.errors import DataError
 from pipeline.latents.manifest import SHARDS_NAME, Manifest
 from pipeline.latents.reader import LatentDataset
 from pipeline.latents.rows import SHARD_SCHEMA, read_table
-from pipeline.latents.shard import ChannelStatistics
-from preprocessing.finalize import channel_statistics, finalize_dataset, fp16_rounding
+from pipeline.latents.shard import ChannelStatistics, Segment
+from preprocessing.finalize import _refuse_small_buckets, channel_statistics, finalize_dataset, fp16_rounding
 from tests.builders import tiny_config
 from tests.preprocessing.builders import POISON, NumpyEncoder, image_file, pair, pairs, solid, write_input
 from tests.preprocessing.conftest import Prepared
@@ -228,3 +228,18 @@ def test_recommendation(variance: float, expected: str) -> None:
     statistics = channel_statistics(sums)
     assert statistics["std"] == [1.0, 2.0] and statistics["recommended_latent"] == expected
     assert np.isclose(statistics["scaling_factor_for_unit_std"], 1 / math.sqrt(2.5))
+
+
+def test_a_bucket_that_cannot_fill_a_batch_is_refused_by_name() -> None:
+    def segment(height: int, rows: int, split: str = "train") -> Segment:
+        return Segment(0, split, height, 64, 256, 0, rows, 1024, 0)
+
+    segments = [segment(32, 7), segment(64, 5), segment(64, 3), segment(32, 4, "validation")]
+    _refuse_small_buckets(Path("set"), segments, 7)
+    _refuse_small_buckets(
+        Path("set"), segments[:1], 100
+    )  # one shape: training itself compares, with both values
+    with pytest.raises(
+        DataError, match=r"set: 1 of 2 buckets .* engine\.global_batch 8: 32x64 \(7\); encode into"
+    ):
+        _refuse_small_buckets(Path("set"), segments, 8)

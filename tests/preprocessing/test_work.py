@@ -1,6 +1,8 @@
 """The verbs on real, tiny models and real emoji: encode, finalize, verify, report."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.config_file import dump_config
 from pipeline.errors import ConfigError
 from pipeline.latents.manifest import Manifest
 from pipeline.latents.reader import LatentDataset
@@ -24,7 +27,8 @@ from preprocessing.work import encode_dataset
 from tests.builders import tiny_autoencoder, tiny_clip, tiny_config
 from tests.preprocessing.builders import Files, write_input
 
-EMOJI = Path(__file__).parents[2] / "examples/emoji"
+ROOT = Path(__file__).parents[2]
+EMOJI = ROOT / "examples/emoji"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +122,31 @@ def test_a_latent_that_decodes_to_nothing_is_a_problem(chain: Chain, monkeypatch
     )
     found = verify_dataset(chain.paths.latents, samples=2, decode_with=chain.paths.autoencoder)
     assert any("decodes to a picture that is not finite" in problem for problem in found.problems)
+
+
+def test_the_verb_starts_its_own_workers(chain: Chain, tmp_path: Path) -> None:
+    """`ldm encode` alone with two processes: the same bytes, and a page on the whole set at the end."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump_config(chain.config))
+    models = [
+        f"encode.autoencoder={chain.paths.autoencoder}",
+        f"encode.text_encoder={chain.paths.text_encoder}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "encode",
+        str(path),
+        f"runs={tmp_path}",
+        "encode.processes=2",
+    ]
+    done = subprocess.run([*command, *models], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 shards done, 0 leased, 0 left" in done.stdout and "read 20, written 20" in done.stdout
+    latents = RunPaths(tmp_path / "tiny").latents
+    for name in ("00/00000.tar", "00/00001.tar"):
+        assert (latents / name).read_bytes() == (chain.paths.latents / name).read_bytes()
 
 
 def test_workers_are_numbered_from_zero(chain: Chain, tmp_path: Path) -> None:

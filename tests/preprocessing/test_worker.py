@@ -11,9 +11,10 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.latents.rows import ROW_SCHEMA, read_table
 from pipeline.latents.shard import ShardRecord, shard_path
+from preprocessing.ahead import Decoders
 from preprocessing.filters import Rules
 from preprocessing.sources import InputShard, list_shards
-from preprocessing.worker import ShardJob, encode_shard
+from preprocessing.worker import EncoderTurn, ShardJob, encode_shard
 from tests.preprocessing.builders import (
     POISON,
     Files,
@@ -31,7 +32,9 @@ from tests.preprocessing.builders import (
 def encode(shard: InputShard, out: Path, encoder: NumpyEncoder | None = None, **changes: Any) -> ShardRecord:
     encoder = encoder or NumpyEncoder()
     rules = Rules.from_config(encode_config(max_captions=encoder.spec.max_captions, **changes))
-    return encode_shard(ShardJob(shard, 2, {"of": "test"}), encoder, rules, out, lambda count: None)
+    job = ShardJob(shard, 2, {"of": "test"})
+    with Decoders(2, ahead=8) as decoders:
+        return encode_shard(job, EncoderTurn(encoder), decoders, rules, out, lambda count: None)
 
 
 def rows_of(out: Path, stem: str = "00000") -> list[dict[str, Any]]:

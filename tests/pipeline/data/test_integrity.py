@@ -17,6 +17,7 @@ from pipeline.errors import DataError
 from pipeline.latents import reader
 from pipeline.latents.reader import LatentDataset
 from pipeline.latents.shard import shard_path
+from pipeline.latents.shard_files import LocalShards
 from tests.faults.damage import flip_bit, truncate, zero_page
 from tests.pipeline.data.datasets import SQUARE, square_shards, write_dataset
 
@@ -158,7 +159,7 @@ def test_a_bad_sample_is_replaced_and_recorded(folder: Path, caplog: pytest.LogC
 class Stumbling:
     """A shard whose reads fail a few times, then work."""
 
-    def __init__(self, shards: reader.LocalShards, failures: int, number: int) -> None:
+    def __init__(self, shards: LocalShards, failures: int, number: int) -> None:
         self.shards, self.failures, self.number = shards, failures, number
         self.verified = False
         self.sizes, self.table, self.where = shards.sizes, shards.table, shards.where
@@ -182,11 +183,11 @@ def test_a_read_is_tried_again_and_gives_up_as_no_damage(
     monkeypatch.setattr(reader, "PAUSES_SECONDS", (0.001, 0.001, 0.001))
     expected = LatentDataset(folder).read(5)
     for failures in (1, 3):
-        dataset = LatentDataset(folder, shards=Stumbling(reader.LocalShards(folder), failures, number))
+        dataset = LatentDataset(folder, shards=Stumbling(LocalShards(folder), failures, number))
         arrays = dataset.empty_arrays(SQUARE, 1)
         assert dataset.read_batch(np.array([5]), arrays).failed == {}
         assert np.array_equal(arrays["latent"][0], expected.arrays["latent"])
-    dataset = LatentDataset(folder, shards=Stumbling(reader.LocalShards(folder), 10**6, number))
+    dataset = LatentDataset(folder, shards=Stumbling(LocalShards(folder), 10**6, number))
     failed = dataset.read_batch(np.array([5]), dataset.empty_arrays(SQUARE, 1)).failed
     assert isinstance(failed[0], OSError) and failed[0].errno == number
     assert "row 5, key 'k000005': cannot be read after 4 attempts" in str(failed[0])

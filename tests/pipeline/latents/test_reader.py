@@ -132,12 +132,12 @@ def test_threads_may_read_while_others_push_shards_out(
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 1)
     dataset = LatentDataset(data.out)
     expected = [dataset.read(index).arrays["latent"].copy() for index in range(len(dataset))]
-    slow = os.pread
+    slow = os.preadv
 
-    def pread(descriptor: int, length: int, offset: int) -> bytes:
+    def preadv(descriptor: int, buffers: list[bytearray], offset: int) -> int:
         for _ in range(50):
             os.fstat(descriptor)
-        return slow(descriptor, length, offset)
+        return slow(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
     wrong: list[object] = []

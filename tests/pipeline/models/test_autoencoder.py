@@ -142,7 +142,7 @@ def test_other_models_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="latents_mean"):
         FrozenAutoencoder.load(folder)
     rewrite(folder, latents_mean=None, _class_name="UNet2DModel")
-    with pytest.raises(ConfigError, match="'UNet2DModel'; supported are .*AutoencoderKL"):
+    with pytest.raises(ConfigError, match=r"'UNet2DModel'; supported are .*AutoencoderKL"):
         FrozenAutoencoder.load(folder)
 
 
