@@ -9,7 +9,8 @@ from pipeline.config_file import load_config
 from pipeline.data.shares import micro_batches_per_step
 from pipeline.errors import ConfigError, DataError
 from pipeline.latents.manifest import Manifest, mismatches
-from pipeline.paths import RunPaths, dataset_folder
+from pipeline.paths import RunPaths, dataset_folder, dataset_places
+from pipeline.storage import is_remote
 from pipeline.training.deepspeed_config import derive_deepspeed_config, hatch_problems
 
 
@@ -44,7 +45,8 @@ def refuse_untrainable(config: RunConfig, paths: RunPaths, where: str) -> None:
         DataError: when there is no finished data set.
     """
     refuse_problems(config, paths, where)
-    Manifest.load(dataset_folder(config, paths))
+    for folder in _local_datasets(config, paths):
+        Manifest.load(folder)
 
 
 def combination_problems(config: RunConfig) -> list[str]:
@@ -100,14 +102,18 @@ def _first_stage_problems(config: RunConfig) -> list[str]:
 
 def file_problems(config: RunConfig, paths: RunPaths) -> list[str]:
     """Return a line for each input that is not there: an unfit data set, or where it is still to be made, its sources."""
-    dataset = dataset_folder(config, paths)
-    if (dataset / "manifest.json").is_file():
+    lines: list[str] = []
+    datasets = _local_datasets(config, paths)
+    made = [folder for folder in datasets if (folder / "manifest.json").is_file()]
+    for folder in made:
         try:
-            return [f"{dataset}: {line}" for line in mismatches(Manifest.load(dataset), config)]
+            lines += [f"{folder}: {line}" for line in mismatches(Manifest.load(folder), config)]
         except DataError as error:
-            return [str(error)]
-    lines = []
-    if not Path(config.encode.source).is_dir():
+            lines.append(str(error))
+    lines += _warm_start_problems(config)
+    if len(made) == len(datasets):
+        return lines
+    if not is_remote(config.encode.source) and not Path(config.encode.source).is_dir():
         lines.append(
             f"encode.source: {config.encode.source} is no folder; give the one with the image-caption shards"
         )
@@ -118,6 +124,19 @@ def file_problems(config: RunConfig, paths: RunPaths) -> list[str]:
         elif folder is not None and not Path(folder).is_dir():
             lines.append(f"encode.{name}: {folder} is no folder; give a local diffusers/transformers folder")
     return lines
+
+
+def _local_datasets(config: RunConfig, paths: RunPaths) -> list[Path]:
+    """Return the folders of the data sets on this machine: what lies in a store is looked at when training begins."""
+    return [Path(place) for place in dataset_places(config, paths) if not is_remote(place)]
+
+
+def _warm_start_problems(config: RunConfig) -> list[str]:
+    if config.warm_start is None or Path(config.warm_start.source).is_dir():
+        return []
+    return [
+        f"warm_start.source: {config.warm_start.source} is no folder; give a run, a checkpoint or a diffusers folder"
+    ]
 
 
 def _facts(config: RunConfig, paths: RunPaths) -> list[str]:

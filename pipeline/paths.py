@@ -136,8 +136,13 @@ class RunPaths:
         return self.root / "stop"
 
 
+def dataset_places(config: RunConfig, paths: RunPaths) -> list[str]:
+    """Return folders and URLs of the latent data sets that the run trains on: those named, or its own."""
+    return [entry.dataset for entry in config.data.mix] or [config.data.dataset or str(paths.latents)]
+
+
 def dataset_folder(config: RunConfig, paths: RunPaths) -> Path:
-    """Return the latent data set that the run trains on: the one named, or its own."""
+    """Return the latent data set that the run makes and is measured with: the one named, or its own."""
     return Path(config.data.dataset) if config.data.dataset else paths.latents
 
 

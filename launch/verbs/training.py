@@ -26,10 +26,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from launch.nodes import place
 
     placement = place(os.environ)
-    if placement.source == "single" and run.engine.processes > 1:
+    if placement.source == "single":
         from launch.check import refuse_untrainable
 
         refuse_untrainable(run, paths, str(config))
+    if placement.source == "single" and run.engine.processes > 1:
         again = [sys.executable, "-m", "launch.cli", "train", str(config), *(overrides or ())]
         raise typer.Exit(run_local(again, run.engine.processes, threads=run.engine.threads))
     from launch.rank import train_rank

@@ -5,7 +5,6 @@ import torch
 
 from pipeline.errors import ToolError
 from pipeline.training.fragments import Fragment, _even_share, refuse_untested
-from pipeline.training.world import World
 
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.19.8", "0.19.9+git"])
@@ -31,7 +30,7 @@ def test_shares_of_replicated_state_are_even_disjoint_and_complete(world_size: i
     fragments = whole(10, 1, 17, 3)
     seen = []
     for rank in range(world_size):
-        share = list(_even_share(fragments, World(rank=rank, world_size=world_size)))
+        share = list(_even_share(fragments, rank, world_size))
         count = sum(fragment.master.numel() for fragment in share)
         assert count in (31 // world_size, -(-31 // world_size))
         for fragment in share:

@@ -8,7 +8,8 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.training.facts import changed_settings, versions
 from pipeline.training.step import micro_batch_seed
-from pipeline.training.train import _open_dataset, due
+from pipeline.training.train import _open_datasets, due
+from pipeline.training.world import World
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.dataset import build_dataset
 
@@ -53,8 +54,8 @@ def test_versions_are_those_installed() -> None:
 def test_a_data_set_that_fits_is_opened_and_one_that_does_not_is_refused(tmp_path: Path) -> None:
     build_dataset(tmp_path / "latents", 30)
     paths = paths_of(tmp_path, "run")
-    dataset = _open_dataset(make_config(tmp_path, "run"), paths)
+    (dataset,) = _open_datasets(make_config(tmp_path, "run"), paths, World())
     assert len(dataset) == 30
     dataset.close()
     with pytest.raises(ConfigError, match=r"latents: model\.cross_attention_dim is 16, .*text width is 32"):
-        _open_dataset(make_config(tmp_path, "run", model={"cross_attention_dim": 16}), paths)
+        _open_datasets(make_config(tmp_path, "run", model={"cross_attention_dim": 16}), paths, World())
