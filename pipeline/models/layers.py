@@ -92,6 +92,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x_BCHW, size=size, mode="nearest"))
 
 
+REMEMBERED_TEXTS = 4
+"""Texts that a layer remembers while sampling: guidance has three, with both halves, one half and the other."""
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V: queries from the latent, keys and values from a context, d channels a head.
 
@@ -123,6 +127,8 @@ class Attention(nn.Module):
         if self.memory is None:
             return self._split_heads(self.to_k(context_BMD)), self._split_heads(self.to_v(context_BMD))
         if id(context_BMD) not in self.memory:
+            if len(self.memory) == REMEMBERED_TEXTS:
+                self.memory.clear()
             made = self._split_heads(self.to_k(context_BMD)), self._split_heads(self.to_v(context_BMD))
             self.memory[id(context_BMD)] = (context_BMD, *made)
         return self.memory[id(context_BMD)][1:]

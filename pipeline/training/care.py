@@ -57,7 +57,7 @@ class Care:
         position = state.samples - self._global_batch
         if outcome.applied:
             self._health.applied(state.step, position, losses.total, outcome.grad_norm)
-        else:
+        elif not outcome.loss_scale_search:  # fp16 finds its scale by steps that overflow: no fault of the data.
             self._note_skip(state, position, micro_batches, losses)
         every = self._config.replica_check_every
         if every and state.step % every == 0:
@@ -93,6 +93,7 @@ class Care:
             return False
         if self._config.rollback and self._roll_back(trouble, state, checkpoints, records):
             return True
+        checkpoints.settle()  # What is on its way is from before, and may be the last good one.
         losses, keys = self._last
         report: dict[str, Any] = {"said": trouble.line, "keys": keys, "skipped_steps": state.skipped}
         report |= {"losses": [value for part in losses for value in part.tolist()]}

@@ -10,6 +10,11 @@ from torch import Tensor
 from pipeline.training.world import World
 
 
+def due(step: int, every: int | None) -> bool:
+    """Return whether what happens every `every` steps (None: never) happens after `step` finished steps."""
+    return every is not None and step % every == 0
+
+
 class Interval:
     """Sums since the last record. Steps that were skipped have no loss and count as time only."""
 

@@ -41,6 +41,7 @@ from pipeline.training.checkpoint import on_first_rank
 from pipeline.training.ema import Ema
 from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
+from pipeline.training.interval import due
 from pipeline.training.save import RunState
 from pipeline.training.swap import RAW, weights_of
 from pipeline.training.turns import Share
@@ -75,6 +76,13 @@ class Midway:
             self._require_weights(config.sample.weights)
             self._prompts = chosen_prompts(self._folder, config)
             self._generator(RunState())
+
+    def look(self, state: RunState, records: Records) -> None:
+        """Measure and paint what is due after `state.step` steps."""
+        if due(state.step, self._config.evaluate.every):
+            self.evaluate(state, records)
+        if due(state.step, self._config.sample.every):
+            self.paint(state, records)
 
     def evaluate(self, state: RunState, records: Records) -> None:
         """Record the validation loss under raw and EMA weights: `val_loss_raw`, `val_loss_ema`, and by timestep."""

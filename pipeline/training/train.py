@@ -33,7 +33,7 @@ from pipeline.training.engine import Engine
 from pipeline.training.facts import changed_settings, run_facts, tracker_run_id
 from pipeline.training.fragments import Fragments
 from pipeline.training.heartbeat import Heartbeat
-from pipeline.training.interval import Interval
+from pipeline.training.interval import Interval, due
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.midway import Midway
 from pipeline.training.rollback import beyond, refuse_straddling
@@ -105,13 +105,9 @@ def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> 
             run.care.after_step(state, micro_batches, losses, outcome)
             at_record = due(state.step, config.train.log_every) or state.step == total
             if at_record:
-                values = interval.close(world, global_batch, {"text_encoder": run.step.text.take_seconds()})
-                values |= {"grad_norm": float(outcome.grad_norm), "learning_rate": rate}
-                values |= {"ema_decay": run.ema.decay, "skipped": state.skipped, "spikes": run.care.judge()}
-                values |= run.checkpoints.figures()
+                values = _record(run, interval, float(outcome.grad_norm), rate)
                 records.log(state.step, values, samples=state.samples)
                 progress.advance(0, loss=values["loss"])
-                state.loss = values["loss"] if math.isfinite(values["loss"]) else None
             if run.care.treat(state, run.checkpoints, records, at_record=at_record):
                 interval = _open_interval(run)
                 continue
@@ -122,12 +118,9 @@ def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> 
             if config.ema.posthoc and due(state.step, config.ema.posthoc.snapshot_every):
                 with interval.paused(), heartbeat.phase("save"):
                     run.snapshots.save(state.step, state.samples)
-            if due(state.step, config.evaluate.every):
+            if due(state.step, config.evaluate.every) or due(state.step, config.sample.every):
                 with interval.paused(), heartbeat.phase("evaluate"):
-                    run.midway.evaluate(state, records)
-            if due(state.step, config.sample.every):
-                with interval.paused(), heartbeat.phase("evaluate"):
-                    run.midway.paint(state, records)
+                    run.midway.look(state, records)
         heartbeat.beat(state.step)
         heartbeat.enter("save")
         run.checkpoints.settle()
@@ -193,11 +186,6 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
     )
     midway = Midway(config, paths, world, engine, fragments, ema)
     return Run(config, world, loader, engine, ema, checkpoints, snapshots, midway, step, care, state)
-
-
-def due(step: int, every: int | None) -> bool:
-    """Return whether what happens every `every` steps (None: never) happens after `step` finished steps."""
-    return every is not None and step % every == 0
 
 
 def _open_datasets(config: RunConfig, paths: RunPaths, world: World) -> list[LatentDataset]:
@@ -286,6 +274,16 @@ def _stream(loader: LatentLoader, position: int) -> Generator[tuple[LatentBatch,
 def _open_interval(run: Run) -> Interval:
     loss_sum, applied = run.state.interval
     return Interval(run.world.device, loss_sum=loss_sum, applied=applied)
+
+
+def _record(run: Run, interval: Interval, grad_norm: float, rate: float) -> dict[str, float]:
+    """Close the interval and return what is recorded of it, the same on all ranks; waits for device and ranks."""
+    state, parts = run.state, {"text_encoder": run.step.text.take_seconds()}
+    values = interval.close(run.world, run.config.engine.global_batch, parts)
+    state.loss = values["loss"] if math.isfinite(values["loss"]) else None
+    values |= {"grad_norm": grad_norm, "learning_rate": rate, "ema_decay": run.ema.decay}
+    values |= {"skipped": state.skipped, "spikes": run.care.judge()}
+    return values | run.checkpoints.figures()
 
 
 def _state_now(run: Run, interval: Interval) -> RunState:

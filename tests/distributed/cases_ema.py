@@ -112,7 +112,7 @@ def look(world: World, root: Path, name: str, origin: str, stage: int, **section
             "losses": {key: value for key, value in found.items() if key.startswith("val_loss")},
             "grid": hashlib.sha256(grid.read_bytes()).hexdigest(),
             "pictures": len(list(grid.with_suffix("").iterdir())),
-            "accident": _accident(part, before["masters"]),
+            "accident": _accident(part),
         }
 
 
@@ -139,13 +139,16 @@ def _swap(part: Any, average: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _accident(part: Any, masters: str) -> list[Any]:
-    """Fail within a swap as one rank alone would: nobody may be waited for, and the masters must be the masters."""
+def _accident(part: Any) -> list[Any]:
+    """Fail within a swap as one rank alone would: nobody may be waited for, and what a rank owns must be its own again."""
+    fragments = part.midway._fragments
+    masters = [fragment.master.clone() for fragment in fragments.owned]
     try:
-        with weights_of(part.midway._fragments, part.ema, "ema"):
+        with weights_of(fragments, part.ema, "ema"):
             raise RuntimeError("an accident")
     except RuntimeError as error:
-        return [str(error), _state(part)["masters"] == masters]
+        back = [torch.equal(piece.master, kept) for piece, kept in zip(fragments.owned, masters, strict=True)]
+        return [str(error), all(back)]
 
 
 def _copy_checkpoints(world: World, origin: RunPaths, paths: RunPaths) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.training.facts import changed_settings, versions
+from pipeline.training.interval import due
 from pipeline.training.step import micro_batch_seed
-from pipeline.training.train import _open_datasets, due
+from pipeline.training.train import _open_datasets
 from pipeline.training.world import World
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.dataset import build_dataset
