@@ -57,7 +57,8 @@ class Care:
         position = state.samples - self._global_batch
         if outcome.applied:
             self._health.applied(state.step, position, losses.total, outcome.grad_norm)
-        elif not outcome.loss_scale_search:  # fp16 finds its scale by steps that overflow: no fault of the data.
+        elif not outcome.loss_scale_search:
+            # While fp16 looks for its scale steps overflow: no fault of the data.
             self._note_skip(state, position, micro_batches, losses)
         every = self._config.replica_check_every
         if every and state.step % every == 0:
