@@ -32,7 +32,7 @@ from pipeline.generate import (
 )
 from pipeline.latents.reader import LatentDataset
 from pipeline.latents.record import LatentSample
-from pipeline.models.text_encoder import FrozenTextEncoder
+from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.paths import RunPaths
 from pipeline.progress import Progress, progress_bar
 from pipeline.tracking import open_records
@@ -90,7 +90,7 @@ class Evaluator:
         objective: ObjectiveConfig,
         device: torch.device,
         dataset: LatentDataset,
-        text_encoder: FrozenTextEncoder | None,
+        text_encoder: TextEncoder | None,
     ) -> None:
         """`text_encoder` is needed only for a data set that stores tokens."""
         self._network, self._prediction, self._device = network, objective.prediction, device
@@ -98,9 +98,7 @@ class Evaluator:
         self._dataset, self._text_encoder = dataset, text_encoder
 
     @classmethod
-    def of(
-        cls, trained: TrainedNetwork, dataset: LatentDataset, text_encoder: FrozenTextEncoder | None
-    ) -> Self:
+    def of(cls, trained: TrainedNetwork, dataset: LatentDataset, text_encoder: TextEncoder | None) -> Self:
         """Return the evaluator of a trained network, on the device that it lies on."""
         device = next(trained.network.parameters()).device
         return cls(trained.network, trained.config.objective, device, dataset, text_encoder)
@@ -205,7 +203,7 @@ def _validation_split(trained: TrainedNetwork, paths: RunPaths) -> LatentDataset
 
 def validation_text_encoder(
     config: RunConfig, dataset: LatentDataset, paths: RunPaths, device: torch.device
-) -> FrozenTextEncoder | None:
+) -> TextEncoder | None:
     """Return the text encoder that the data set's tokens need, None for one that stores embeddings.
 
     Raises:
@@ -214,7 +212,7 @@ def validation_text_encoder(
     if dataset.spec.text == "embeddings":
         return None
     folder = encoder_folders(config, paths)[1]
-    encoder = FrozenTextEncoder.load(folder, device, config.encode.precision)
+    encoder = load_text_encoder(config.encode, folder, device)
     refuse_differences(
         dataset.folder, {"encoder.text_encoder": (dataset.manifest.encoder["text_encoder"], encoder.digest)}
     )

@@ -66,12 +66,18 @@ def export_pipeline(paths: RunPaths, config: RunConfig, *, weights: Weights = "e
 
     Raises:
         CheckpointError: when there is no valid checkpoint.
+        ConfigError: when no pipeline class reads the text as the run does.
         DataError: when the encoders do not belong to the training's data, or lack a file.
     """
     generator = Generator.load(paths, weights, "cpu")
     trained = generator.trained
     autoencoder, text_encoder = encoder_folders(trained.config, paths)
     second = trained.config.encode.text_encoder_2
+    if trained.config.encode.text_layer != "last" and not second:
+        raise ConfigError(
+            "encode.text_layer: a StableDiffusionPipeline reads the last layer, this run the penultimate one without "
+            "norm; the exported folder would paint other pictures"
+        )
     parts = Parts(
         trained.network,
         make_sampler(config.sample.sampler, trained.config.objective, trained.config.model.sample_size**2),

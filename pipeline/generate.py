@@ -30,8 +30,8 @@ from pipeline.latents.manifest import Manifest
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.pixels import pixels_from_images
-from pipeline.models.text_encoder import FrozenTextEncoder
 from pipeline.models.text_memory import text_remembered
+from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths
 from pipeline.training.checkpoint import load_weights, newest_checkpoint, read_manifest
@@ -124,7 +124,7 @@ class Generator:
     """Paints pictures from prompts: denoiser, text encoder and autoencoder of one run, proven to belong together."""
 
     def __init__(
-        self, trained: TrainedNetwork, autoencoder: FrozenAutoencoder, text_encoder: FrozenTextEncoder
+        self, trained: TrainedNetwork, autoencoder: FrozenAutoencoder, text_encoder: TextEncoder
     ) -> None:
         self.trained = trained
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
@@ -141,12 +141,11 @@ class Generator:
         device = default_device() if device is None else device
         trained = TrainedNetwork.newest(run, weights, device)
         autoencoder_folder, text_encoder_folder = encoder_folders(trained.config, run)
-        precision = trained.config.encode.precision
         generator = cls(
             trained,
             FrozenAutoencoder.load(autoencoder_folder, device),
             # Text states in the precision that the network was trained on.
-            FrozenTextEncoder.load(text_encoder_folder, device, precision),
+            load_text_encoder(trained.config.encode, text_encoder_folder, device),
         )
         generator.refuse_mismatch(dataset_folder(trained.config, run))
         return generator

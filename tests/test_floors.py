@@ -200,7 +200,7 @@ def test_imports_are_absolute_and_at_module_level() -> None:
         "pipeline.tracking": ("pipeline.tracking_mlflow",),
         "pipeline.progress": ("rich",),
         "pipeline.training.engine": ("deepspeed",),
-        "pipeline.training.text": ("pipeline.models.text_encoder",),
+        "pipeline.training.text": ("pipeline.models.text_pair",),
     }
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: {name}"

@@ -21,7 +21,7 @@ class LatentBatch:
     tokens: Tensor
     """int64 [b, L] of the caption chosen."""
     noise: Tensor
-    """float32 [b, C, h, w]."""
+    """float32 [b, C, h, w], offset noise included."""
     posterior_noise: Tensor
     """float32 [b, C, h, w]."""
     timesteps: Tensor
@@ -41,6 +41,9 @@ class LatentBatch:
 
     The crop is given in pixels of the picture after resizing, as SDXL (Podell et al. 2023, section 2.2) defines it.
     """
+
+    input_noise: Tensor | None = None
+    """float32 [b, C, h, w]: what is mixed in while the target names `noise`; None without input perturbation."""
 
     @property
     def size(self) -> int:

@@ -82,8 +82,8 @@ class LatentLoader:
         self.global_batch, self.rank, self.world_size = engine.global_batch, rank, world_size
         self.micro_batches = micro_batches_per_step(engine.global_batch, engine.micro_batch, world_size)
         self._substitutes = Substitutes(self.order, seed, data, substituted or {})
-        # Latents and both noises may have one size: as many as can be in flight at once.
-        in_flight = 3 * (data.prefetch + 3 * self.micro_batches)
+        # Latents and all noises may have one size: as many as can be in flight at once.
+        in_flight = (4 if objective.input_perturbation else 3) * (data.prefetch + 3 * self.micro_batches)
         self._buffers = Buffers(pinned=torch.cuda.is_available(), kept=in_flight)
         pooled = self.order.spec.pooled_width is not None
         self._null_pooled = sets[0].null_text()["pooled"][0] if pooled else None
@@ -172,11 +172,12 @@ class LatentLoader:
         pooled = captions.get("pooled")
         if pooled is not None:
             pooled[dropped] = torch.from_numpy(self._null_pooled)
+        noise, input_noise = self._noises(shape, numbers)
         return LatentBatch(
             moments=moments,
             text=captions.get("text"),
             tokens=captions["tokens"].to(torch.int64),
-            noise=self._normal(shape, numbers, draws.Purpose.NOISE),
+            noise=noise,
             posterior_noise=self._normal(shape, numbers, draws.Purpose.POSTERIOR),
             timesteps=torch.tensor([draws.timestep(seed, k, objective, self.global_batch) for k in numbers]),
             dropped=dropped,
@@ -185,6 +186,7 @@ class LatentLoader:
             indices=torch.from_numpy(self.order.numbers(found)),
             pooled=pooled,
             time_ids=None if pooled is None else time_ids(records, found.shape.bucket, flipped),
+            input_noise=input_noise,
         )
 
     def _read(self, part: Part) -> tuple[Lookup, dict[str, Tensor], list[dict[str, Any]]]:
@@ -198,6 +200,21 @@ class LatentLoader:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         with_records = spec.max_captions > 1 or spec.pooled_width is not None
         return found, tensors, self._substitutes.read(positions, found, arrays, with_records=with_records)
+
+    def _noises(self, shape: tuple[int, ...], positions: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Return the noise that the target names, and the one mixed in where input perturbation makes it another.
+
+        Source: offset noise, Guttenberg 2023 (CrossLabs); input perturbation, Ning et al. 2023, algorithm 1.
+        """
+        offset, perturbation = self.objective.offset_noise, self.objective.input_perturbation
+        noise = self._normal(shape, positions, draws.Purpose.NOISE)
+        if offset:
+            for row, position in zip(noise.numpy(), positions, strict=True):
+                row += offset * draws.normal(self.seed, position, draws.Purpose.OFFSET, (shape[1], 1, 1))
+        if not perturbation:
+            return noise, None
+        input_noise = self._normal(shape, positions, draws.Purpose.PERTURBATION)
+        return noise, input_noise.mul_(perturbation).add_(noise)
 
     def _normal(self, shape: tuple[int, ...], positions: list[int], purpose: draws.Purpose) -> Tensor:
         tensor = self._buffers.take(shape, "<f4")

@@ -75,9 +75,12 @@ class TextEncoderPair:
         return torch.where(behind, self._second.pad_token_id, tokens_BL)
 
 
+TextEncoder = FrozenTextEncoder | TextEncoderPair
+
+
 def load_text_encoder(
     encode: EncodeConfig, folder: Path, device: str | torch.device = "cpu", precision: Precision | None = None
-) -> FrozenTextEncoder | TextEncoderPair:
+) -> TextEncoder:
     """Return the text side that the `encode` section asks for; `folder` is the first encoder's.
 
     Raises:

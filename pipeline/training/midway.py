@@ -31,7 +31,7 @@ from pipeline.evaluate import (
 from pipeline.generate import Generator, TrainedNetwork, encoder_folders
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.autoencoder import FrozenAutoencoder
-from pipeline.models.text_encoder import FrozenTextEncoder
+from pipeline.models.text_pair import load_text_encoder
 from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths, dataset_folder
 from pipeline.progress import Progress
@@ -155,7 +155,7 @@ class Midway:
         generator = Generator(
             trained,
             FrozenAutoencoder.load(autoencoder, device),
-            FrozenTextEncoder.load(text_encoder, device, self._config.encode.precision),
+            load_text_encoder(self._config.encode, text_encoder, device),
         )
         generator.refuse_mismatch(self._folder)
         return generator

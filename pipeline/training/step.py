@@ -70,6 +70,7 @@ class TrainStep:
             batch.timesteps,
             self._schedule,
             objective.prediction,
+            batch.input_noise,
         )
         size = x0_BCHW.shape[2:]
         weight_B = training_weight(objective, self._schedule, batch.timesteps, *size)

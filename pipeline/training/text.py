@@ -21,7 +21,7 @@ from pipeline.latents.reader import LatentDataset
 from pipeline.paths import RunPaths, text_encoder_folder
 
 if TYPE_CHECKING:
-    from pipeline.models.text_encoder import FrozenTextEncoder
+    from pipeline.models.text_pair import TextEncoder
 
 
 class TextSource(ABC):
@@ -58,7 +58,7 @@ class StoredText(TextSource):
 class EncodedText(TextSource):
     """The states that the frozen encoder makes of the stored tokens, without gradients."""
 
-    def __init__(self, encoder: "FrozenTextEncoder", dataset: LatentDataset, device: torch.device) -> None:
+    def __init__(self, encoder: "TextEncoder", dataset: LatentDataset, device: torch.device) -> None:
         """Encode the stored tokens of the empty caption."""
         self._encoder, self._stopwatch = encoder, _Stopwatch(device)
         tokens_1L = torch.from_numpy(dataset.null_text()["tokens"].astype("int64"))
@@ -81,17 +81,15 @@ def open_text(config: RunConfig, dataset: LatentDataset, paths: RunPaths, device
     """
     if dataset.spec.text == "embeddings":
         return StoredText(dataset, device)
-    from pipeline.models.text_encoder import FrozenTextEncoder
+    from pipeline.models.text_pair import load_text_encoder
 
     folder = text_encoder_folder(config, paths)
-    encoder = FrozenTextEncoder.load(folder, device, config.encode.precision)
+    encoder = load_text_encoder(config.encode, folder, device)
     refuse_other_encoder(dataset.folder, dataset.manifest, folder, encoder)
     return EncodedText(encoder, dataset, device)
 
 
-def refuse_other_encoder(
-    dataset: Path, manifest: Manifest, folder: Path, encoder: "FrozenTextEncoder"
-) -> None:
+def refuse_other_encoder(dataset: Path, manifest: Manifest, folder: Path, encoder: "TextEncoder") -> None:
     """Do nothing if `encoder`, loaded from `folder`, is the one that the data set was made with.
 
     Raises:

@@ -16,9 +16,11 @@ from pipeline.config import SampleConfig
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.export import export_pipeline
 from pipeline.generate import Generator
 from pipeline.latents.manifest import Manifest
 from pipeline.models.pixels import images_from_pixels, pixels_from_images
+from pipeline.models.text_encoder import FrozenTextEncoder
 from tests.builders import CAPTIONS, TinyRun, tiny_autoencoder, tiny_pictures, tiny_run
 
 DDIM = SampleConfig(sampler="ddim", steps=5, guidance_scale=3.0)
@@ -195,6 +197,27 @@ def test_other_data_than_the_training_saw_is_refused(run: TinyRun, monkeypatch: 
     dataclasses.replace(run, manifest=other).pretend_checkpoint(monkeypatch)
     with pytest.raises(DataError, match=rf"digest is '{run.manifest.digest}' in the data set, 'f00d' here"):
         Generator.load(run.paths, "ema", "cpu")
+
+
+def test_the_text_layer_of_the_data_is_painted_with_and_not_exported_as_another(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    penultimate = FrozenTextEncoder.load(run.paths.text_encoder, layer="penultimate")
+    changed = change_manifest(
+        run, tmp_path, encoder={**run.manifest.encoder, "text_encoder": penultimate.digest}
+    )
+    encode = run.config.encode.model_copy(update={"text_layer": "penultimate"})
+    changed = dataclasses.replace(changed, config=changed.config.model_copy(update={"encode": encode}))
+    changed.pretend_checkpoint(monkeypatch)
+    # The data set's own null text is still the last layer's: that alone is refused.
+    with pytest.raises(DataError, match="null"):
+        Generator.load(run.paths, "ema", "cpu")
+    monkeypatch.setattr(Generator, "_refuse_other_null_text", lambda *_: None)
+    generator = Generator.load(run.paths, "ema", "cpu")
+    tokens, _ = penultimate.tokenize(CAPTIONS)
+    assert torch.equal(encoded(generator, CAPTIONS), penultimate.encode(tokens))
+    with pytest.raises(ConfigError, match="a StableDiffusionPipeline reads the last layer"):
+        export_pipeline(run.paths, run.config)
 
 
 def test_another_null_text_is_refused(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

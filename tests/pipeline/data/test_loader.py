@@ -15,6 +15,7 @@ from pipeline.latents.reader import LatentDataset
 from tests.pipeline.data.datasets import square_shards, with_captions, write_dataset
 
 SAMPLES = 23
+OBJECTIVE = ObjectiveConfig(caption_dropout=0.3)
 FIELDS = (
     "moments",
     "text",
@@ -34,13 +35,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
 
 
 def loader(
-    dataset: LatentDataset, rank: int = 0, world_size: int = 1, batch: int = 6, micro: int = 6, **data
+    dataset: LatentDataset,
+    rank: int = 0,
+    world_size: int = 1,
+    micro: int = 6,
+    objective: ObjectiveConfig = OBJECTIVE,
+    **data,
 ) -> LatentLoader:
     return LatentLoader(
         dataset,
         seed=5,
-        engine=EngineConfig(global_batch=batch, micro_batch=micro),
-        objective=ObjectiveConfig(caption_dropout=0.3),
+        engine=EngineConfig(global_batch=6, micro_batch=micro),
+        objective=objective,
         data=DataConfig(**data),
         rank=rank,
         world_size=world_size,
@@ -117,6 +123,65 @@ def test_a_batch_holds_what_the_data_set_and_the_draws_say(dataset: LatentDatase
         torch.float32,
         torch.int64,
     )
+
+
+def noises(
+    dataset: LatentDataset, objective: ObjectiveConfig, world_size: int = 1, micro: int = 6
+) -> dict[int, tuple[np.ndarray, np.ndarray | None]]:
+    """Return position -> (noise, input noise) of the real samples of the third step."""
+    found = {}
+    for rank in range(world_size):
+        steps = loader(dataset, rank, world_size, micro, objective).steps(12)
+        for batch in next(steps):
+            for row in (batch.weight == 1).nonzero().flatten().tolist():
+                mixed = None if batch.input_noise is None else batch.input_noise[row].numpy().copy()
+                found[int(batch.positions[row])] = (batch.noise[row].numpy().copy(), mixed)
+        steps.close()
+    return found
+
+
+@pytest.mark.parametrize(("offset", "perturbation"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25)])
+def test_offset_and_perturbation_are_what_the_papers_say(
+    dataset: LatentDataset, offset: float, perturbation: float
+) -> None:
+    objective = ObjectiveConfig(offset_noise=offset, input_perturbation=perturbation)
+    found = noises(dataset, objective)
+    assert sorted(found) == list(range(12, 18))
+    for k, (noise, mixed) in found.items():
+        white = draws.training_noise(5, k, shape=(2, 4, 4))
+        constant = draws.normal(5, k, draws.Purpose.OFFSET, (2, 1, 1))
+        assert np.allclose(noise, white + offset * constant, atol=1e-6)
+        if perturbation:
+            extra = draws.normal(5, k, draws.Purpose.PERTURBATION, (2, 4, 4))
+            assert mixed is not None and np.allclose(mixed, noise + perturbation * extra, atol=1e-6)
+        else:
+            assert mixed is None
+        if not offset:
+            assert np.array_equal(noise, white), "nothing but the noise where nothing is asked for"
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (2, 3), (2, 1), (4, 2)])
+def test_offset_and_perturbation_do_not_depend_on_who_reads(
+    dataset: LatentDataset, world_size: int, micro: int
+) -> None:
+    objective = ObjectiveConfig(offset_noise=0.1, input_perturbation=0.1)
+    expected, found = noises(dataset, objective), noises(dataset, objective, world_size, micro)
+    assert sorted(expected) == sorted(found)
+    for k, pair in expected.items():
+        assert all(np.array_equal(one, two) for one, two in zip(pair, found[k], strict=True))
+
+
+def test_what_is_off_draws_nothing(dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, plain = set(), draws.stream
+
+    def stream(seed: int, position: int, purpose: draws.Purpose) -> np.random.Generator:
+        drawn.add(purpose)
+        return plain(seed, position, purpose)
+
+    monkeypatch.setattr(draws, "stream", stream)
+    noises(dataset, OBJECTIVE)
+    assert draws.Purpose.NOISE in drawn
+    assert not drawn & {draws.Purpose.OFFSET, draws.Purpose.PERTURBATION}
 
 
 def test_closing_ends_the_threads(dataset: LatentDataset) -> None:
