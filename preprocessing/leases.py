@@ -129,6 +129,13 @@ class Leases:
         if lease is not None:
             lease.release()
 
+    def tidy(self, stem: str) -> None:
+        """Remove the lease of a worker that died between finishing the shard and giving it back: nobody takes it over."""
+        path = self._folder / f"{stem}{LEASE_SUFFIX}"
+        found = _content(path)
+        if found is not None and self._is_dead(stem, found):
+            path.unlink(missing_ok=True)
+
     def _create(self, stem: str, path: Path) -> bool:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:

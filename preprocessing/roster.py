@@ -219,6 +219,8 @@ class _Job:
         for number in list(self._left):
             stem = self._work.shards[number].stem
             finished = _is_finished(self._work.dataset, stem)
+            if finished:
+                self._leases.tidy(stem)
             if finished and number not in own:
                 self._left.remove(number)
             elif finished or self._leases.take(stem):
