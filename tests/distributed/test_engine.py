@@ -202,6 +202,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(answers: Answers, name: str) ->
     assert answers.skips[name] == [expected, expected]
 
 
+@pytest.mark.covers("F18")
 def test_locks_of_a_killed_build_hold_nothing_up_and_are_named(answers: Answers) -> None:
     for said in answers.locked:
         assert len(said) == 3 and all("lock is" in line and "remove the file" in line for line in said)
