@@ -108,7 +108,8 @@ def test_a_store_that_stays_away_is_no_damage(
     began = time.monotonic()
     failed = dataset.read_batch(np.array([0]), dataset.empty_arrays((8, 8), 1)).failed
     assert isinstance(failed[0], OSError) and "s3://latents/data/00/00000.tar: row 0" in str(failed[0])
-    assert time.monotonic() - began < 60
+    # The client pauses between its attempts, for random times; the point is that it comes to an end.
+    assert time.monotonic() - began < 300
 
 
 def test_what_the_store_lacks_is_listed_and_another_content_is_refused(
