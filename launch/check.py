@@ -63,6 +63,11 @@ def combination_problems(config: RunConfig) -> list[str]:
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is more than train.steps {config.train.steps}; "
             "the learning rate would never arrive"
         )
+    if config.data.on_bad_sample == "substitute":
+        lines.append(
+            "data.on_bad_sample: 'substitute' is logged, but this version does not keep it in checkpoints, so a resumed "
+            "run could differ; use stop"
+        )
     if config.model.addition_embed_type is not None:
         lines.append(
             "model.addition_embed_type: 'text_time' (SDXL) is built, but this version does not train it; use null"

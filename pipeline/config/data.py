@@ -42,7 +42,7 @@ class DataConfig(Section):
         "sample as it is read (about 30 us for 126 KB)",
     )
     on_bad_sample: Literal["stop", "substitute"] = Field(
-        "stop", description="substitute: another sample of the same shape takes its place, and is recorded"
+        "stop", description="substitute: another sample of the same shape takes its place, and is logged"
     )
     flip: bool = Field(
         False, description="mirror every second latent; an approximation, since encoders are not symmetric"

@@ -48,6 +48,11 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["check", "configs/demo.yaml", "encode.source=nowhere"], 2, "encode.source: nowhere is no folder"),
         (["check", "configs/demo.yaml", "model.cross_attention_dim=64"], 2, "first_stage.clip.width is 128"),
         (
+            ["check", "configs/demo.yaml", "data.on_bad_sample=substitute"],
+            2,
+            "does not keep it in checkpoints",
+        ),
+        (
             ["check", "configs/demo.yaml", "encode.image_size=72", "first_stage.clip.patch=8"],
             2,
             "a multiple of 16",
