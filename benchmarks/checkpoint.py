@@ -34,12 +34,12 @@ from benchmarks.harness import (
 )
 from pipeline.config import EmaConfig, EngineConfig, OptimizerConfig
 from pipeline.publish import whole_file
-from pipeline.training.checkpoint import load_weights, newest_checkpoint
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
 from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
-from pipeline.training.retention import Retention
-from pipeline.training.save import Checkpoints, Plan, RunState
+from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
+from pipeline.training.saving.retention import Retention
+from pipeline.training.saving.save import Checkpoints, Plan, RunState
 from pipeline.training.world import end_world, start_world
 
 REPOSITORY = Path(__file__).resolve().parents[1]

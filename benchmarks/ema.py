@@ -17,7 +17,7 @@ from benchmarks.harness import MARKDOWN_HEADER, Rounds, Side, compare, gate, mar
 from pipeline.config import EmaConfig
 from pipeline.config_file import load_config
 from pipeline.models.unet import UNet
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHANNELS = (96, 192, 384, 384)

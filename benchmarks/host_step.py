@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import MARKDOWN_HEADER, Comparison, Rounds, Side, compare, gate, markdown_row
 from pipeline.config import EmaConfig, EngineConfig, OptimizerConfig
 from pipeline.publish import whole_file
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
 from pipeline.training.engine import Engine, decay_groups, deepspeed, meet_deepspeed
 from pipeline.training.fragments import Fragments
 from pipeline.training.learning_rate import learning_rate

@@ -26,7 +26,7 @@ from pipeline.paths import RunPaths
 from pipeline.publish import file_digest, folder_digest, json_digest, write_bytes, write_json
 from pipeline.sample import sample_grid
 from pipeline.tracking import read_records
-from pipeline.training.checkpoint import load_weights, newest_checkpoint
+from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
 from preprocessing.finalize import finalize_dataset
 from preprocessing.pairs import prepared_pairs
 from preprocessing.report import write_report

@@ -15,7 +15,7 @@ from launch.nodes import Placement
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.paths import RunPaths
-from pipeline.training.heartbeat import name_silent, read_heartbeats
+from pipeline.training.health.heartbeat import name_silent, read_heartbeats
 from pipeline.training.train import train
 from pipeline.training.world import end_world, start_world
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from pipeline import publish
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.paths import RunPaths
-from pipeline.training.ema import POSTHOC
-from pipeline.training.fragment_file import read_whole
-from pipeline.training.manifest import committed, step_of
-from pipeline.training.posthoc import WIDEST_SIGMA_REL, Combination, Profiles, combine, gamma_of
-from pipeline.training.snapshots import usable_snapshots
+from pipeline.training.averages.ema import POSTHOC
+from pipeline.training.averages.posthoc import WIDEST_SIGMA_REL, Combination, Profiles, combine, gamma_of
+from pipeline.training.averages.snapshots import usable_snapshots
+from pipeline.training.saving.fragment_file import read_whole
+from pipeline.training.saving.manifest import committed, step_of
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.paths import RunPaths
 from pipeline.progress import Progress, progress_bar
 from pipeline.tracking import open_records
-from pipeline.training.turns import ALONE, Share
+from pipeline.training.averages.turns import ALONE, Share
 
 # One for all runs: their validation losses can be compared.
 NOISE_SEED = 0

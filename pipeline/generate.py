@@ -34,7 +34,7 @@ from pipeline.models.text_memory import text_remembered
 from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths
-from pipeline.training.checkpoint import load_weights, newest_checkpoint, read_manifest
+from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint, read_manifest
 
 logger = logging.getLogger(__name__)
 

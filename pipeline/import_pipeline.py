@@ -22,7 +22,7 @@ from pipeline.models.unet_folder import open_unet_folder
 from pipeline.paths import RunPaths, autoencoder_folder, dataset_folder, text_encoder_folder
 from pipeline.publish import write_bytes
 from pipeline.training.frozen import frozen_names
-from pipeline.training.manifest import aside, committed, read_manifest
+from pipeline.training.saving.manifest import aside, committed, read_manifest
 from pipeline.training.warm_start import RunSource, Source, open_source
 from pipeline.training.world import World
 

@@ -96,7 +96,7 @@ def export(
     """
     config, paths = of_run(run, overrides)
     if deepspeed:
-        from pipeline.training.deepspeed_export import export_deepspeed
+        from pipeline.training.saving.deepspeed_export import export_deepspeed
 
         typer.echo(export_deepspeed(paths))
         return

@@ -37,14 +37,14 @@ from pipeline.paths import RunPaths, dataset_folder
 from pipeline.progress import Progress
 from pipeline.sample import chosen_prompts, grid_record, publish_grid
 from pipeline.tracking import Records
-from pipeline.training.checkpoint import on_first_rank
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
+from pipeline.training.averages.swap import RAW, weights_of
+from pipeline.training.averages.turns import Share
 from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
-from pipeline.training.interval import due
-from pipeline.training.save import RunState
-from pipeline.training.swap import RAW, weights_of
-from pipeline.training.turns import Share
+from pipeline.training.saving.checkpoint import on_first_rank
+from pipeline.training.saving.interval import due
+from pipeline.training.saving.save import RunState
 from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)

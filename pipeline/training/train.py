@@ -26,19 +26,19 @@ from pipeline.paths import RunPaths
 from pipeline.progress import Progress, progress_bar
 from pipeline.publish import write_bytes, write_json
 from pipeline.tracking import NoRecords, Records, open_records
-from pipeline.training.care import Care
-from pipeline.training.checkpoint import on_first_rank
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
+from pipeline.training.averages.snapshots import Snapshots
 from pipeline.training.engine import Engine
 from pipeline.training.facts import changed_settings, run_facts, tracker_run_id
 from pipeline.training.fragments import Fragments
-from pipeline.training.heartbeat import Heartbeat
-from pipeline.training.interval import Interval, due
+from pipeline.training.health.care import Care
+from pipeline.training.health.heartbeat import Heartbeat
+from pipeline.training.health.rollback import beyond, refuse_straddling
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.midway import Midway
-from pipeline.training.rollback import beyond, refuse_straddling
-from pipeline.training.save import Checkpoints, RunState, save_plan
-from pipeline.training.snapshots import Snapshots
+from pipeline.training.saving.checkpoint import on_first_rank
+from pipeline.training.saving.interval import Interval, due
+from pipeline.training.saving.save import Checkpoints, RunState, save_plan
 from pipeline.training.step import TrainStep
 from pipeline.training.stop import Stop
 from pipeline.training.text import open_text

@@ -18,9 +18,7 @@ from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.unet import UNet
 from pipeline.models.unet_folder import UNetFolder, open_unet_folder, refuse_other_weights
 from pipeline.paths import RunPaths
-from pipeline.training.checkpoint import choose_checkpoint, load_stretches, on_first_rank
-from pipeline.training.ema import Ema
-from pipeline.training.fragment_file import Stretch, read_whole
+from pipeline.training.averages.ema import Ema
 from pipeline.training.fragments import Fragment, Fragments
 from pipeline.training.frozen import (
     frozen_names,
@@ -29,7 +27,9 @@ from pipeline.training.frozen import (
     refuse_other_names,
     write_frozen,
 )
-from pipeline.training.manifest import (
+from pipeline.training.saving.checkpoint import choose_checkpoint, load_stretches, on_first_rank
+from pipeline.training.saving.fragment_file import Stretch, read_whole
+from pipeline.training.saving.manifest import (
     MANIFEST_NAME,
     committed,
     damaged_files,
@@ -37,7 +37,7 @@ from pipeline.training.manifest import (
     step_folder,
     step_of,
 )
-from pipeline.training.save import RunState
+from pipeline.training.saving.save import RunState
 from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import RunPaths
 from pipeline.training import deepspeed_config
-from pipeline.training import save as save_module
 from pipeline.training import train as train_module
-from pipeline.training.manifest import step_folder
-from pipeline.training.retention import Retention
-from pipeline.training.save import Checkpoints, Plan
+from pipeline.training.saving import save as save_module
+from pipeline.training.saving.manifest import step_folder
+from pipeline.training.saving.retention import Retention
+from pipeline.training.saving.save import Checkpoints, Plan
 from pipeline.training.world import World, end_world, start_world
 
 STEPS = 6

@@ -18,9 +18,9 @@ from pipeline.errors import PipelineError
 from pipeline.paths import RunPaths
 from pipeline.tracking import read_records
 from pipeline.training import train as train_module
-from pipeline.training.checkpoint import load_weights, newest_checkpoint
+from pipeline.training.averages.swap import weights_of
 from pipeline.training.engine import Engine
-from pipeline.training.swap import weights_of
+from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
 from pipeline.training.world import World, end_world, start_world
 from tests.builders import CAPTIONS, tiny_config
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config import EmaConfig, EngineConfig, OptimizerConfig
 from pipeline.config.engine import REFUSALS
 from pipeline.training import train as train_module
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
 from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
 from pipeline.training.learning_rate import learning_rate

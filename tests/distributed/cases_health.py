@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.training import save as save_module
 from pipeline.training import train as train_module
-from pipeline.training.care import Care
+from pipeline.training.health.care import Care
+from pipeline.training.saving import save as save_module
 from pipeline.training.world import World, end_world
 from tests.distributed.cases import _before_each_step, _meet, paths_of, run
 

@@ -12,15 +12,15 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.models.unet import UNet
-from pipeline.training import checkpoint as checkpoint_module
-from pipeline.training import save as save_module
-from pipeline.training import writer as writer_module
-from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.training.deepspeed_config import derive_deepspeed_config
-from pipeline.training.deepspeed_export import export_deepspeed
 from pipeline.training.engine import decay_groups, deepspeed
-from pipeline.training.fragment_file import read_whole
-from pipeline.training.manifest import committed, read_manifest
+from pipeline.training.saving import checkpoint as checkpoint_module
+from pipeline.training.saving import save as save_module
+from pipeline.training.saving import writer as writer_module
+from pipeline.training.saving.checkpoint import newest_checkpoint
+from pipeline.training.saving.deepspeed_export import export_deepspeed
+from pipeline.training.saving.fragment_file import read_whole
+from pipeline.training.saving.manifest import committed, read_manifest
 from pipeline.training.world import World, end_world
 from tests.distributed import cases
 

@@ -10,11 +10,11 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.models.unet import UNet
 from pipeline.training import train as train_module
-from pipeline.training.checkpoint import load_weights
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
 from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
 from pipeline.training.frozen import frozen_weights
+from pipeline.training.saving.checkpoint import load_weights
 from pipeline.training.warm_start import warm_start
 from pipeline.training.world import World, end_world
 from tests.distributed.cases import _meet, make_config, paths_of

@@ -11,10 +11,10 @@ import torch
 from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths
 from pipeline.tracking import read_records
-from pipeline.training.checkpoint import committed, load_weights, read_manifest
-from pipeline.training.ema import profiles_of
-from pipeline.training.fragment_file import read_whole
-from pipeline.training.snapshots import usable_snapshots
+from pipeline.training.averages.ema import profiles_of
+from pipeline.training.averages.snapshots import usable_snapshots
+from pipeline.training.saving.checkpoint import committed, load_weights, read_manifest
+from pipeline.training.saving.fragment_file import read_whole
 from tests.builders import tiny_run
 from tests.distributed.cases_ema import ALL_PARTITIONED, LOOKING, MODEL, STEPS, make_config
 from tests.faults.ranks import run_ranks

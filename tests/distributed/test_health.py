@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.tracking import read_records
-from pipeline.training.checkpoint import newest_checkpoint
-from pipeline.training.heartbeat import read_heartbeats
-from pipeline.training.manifest import committed, read_manifest
+from pipeline.training.health.heartbeat import read_heartbeats
+from pipeline.training.saving.checkpoint import newest_checkpoint
+from pipeline.training.saving.manifest import committed, read_manifest
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.cases_health import events
 from tests.distributed.dataset import build_dataset

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.tracking import read_records
-from pipeline.training.fragment_file import read_whole
-from pipeline.training.manifest import committed, read_manifest
+from pipeline.training.saving.fragment_file import read_whole
+from pipeline.training.saving.manifest import committed, read_manifest
 from tests.distributed.cases import paths_of
 from tests.distributed.dataset import build_dataset
 from tests.faults.ranks import run_ranks

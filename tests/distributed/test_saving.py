@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline.tracking import read_records
-from pipeline.training.checkpoint import newest_checkpoint
-from pipeline.training.manifest import committed, read_manifest
+from pipeline.training.saving.checkpoint import newest_checkpoint
+from pipeline.training.saving.manifest import committed, read_manifest
 from tests.distributed.cases import paths_of
 from tests.distributed.cases_saving import WIDE
 from tests.distributed.dataset import build_dataset

@@ -19,10 +19,10 @@ from pipeline.diffusion.schedule import Schedule
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.unet import UNet
 from pipeline.tracking import read_records
-from pipeline.training.checkpoint import committed, load_weights, newest_checkpoint, read_manifest
-from pipeline.training.ema import ramped_decay
-from pipeline.training.fragment_file import read_whole
+from pipeline.training.averages.ema import ramped_decay
 from pipeline.training.learning_rate import learning_rate
+from pipeline.training.saving.checkpoint import committed, load_weights, newest_checkpoint, read_manifest
+from pipeline.training.saving.fragment_file import read_whole
 from tests.distributed.cases import STEPS, make_config, paths_of
 from tests.distributed.conftest import PLAIN, SETTINGS, STOPS, Results
 from tests.distributed.dataset import build_dataset

@@ -14,9 +14,9 @@ from pipeline.errors import ConfigError
 from pipeline.import_pipeline import import_run
 from pipeline.models.unet import UNet
 from pipeline.models.unet_folder import open_unet_folder, save_unet
-from pipeline.training.checkpoint import load_weights, read_manifest
-from pipeline.training.fragment_file import read_whole
 from pipeline.training.frozen import frozen_weights
+from pipeline.training.saving.checkpoint import load_weights, read_manifest
+from pipeline.training.saving.fragment_file import read_whole
 from tests.distributed import dataset
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.cases_warm import warm_config

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.training.commit import Draft, publish
-from pipeline.training.fence import Fence
-from pipeline.training.manifest import MANIFEST_FIELDS, rank_file
-from pipeline.training.retention import Retention
-from pipeline.training.writer import explain_os_error, write_file
+from pipeline.training.saving.commit import Draft, publish
+from pipeline.training.saving.fence import Fence
+from pipeline.training.saving.manifest import MANIFEST_FIELDS, rank_file
+from pipeline.training.saving.retention import Retention
+from pipeline.training.saving.writer import explain_os_error, write_file
 
 ELEMENTS = 3000
 KEEP = Retention(last=2)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.fence import Fence
-from pipeline.training.manifest import committed, damaged_files, rank_file, read_manifest, step_of
+from pipeline.training.saving.fence import Fence
+from pipeline.training.saving.manifest import committed, damaged_files, rank_file, read_manifest, step_of
 from tests.faults import commit_main
 from tests.faults.strace import Call, failed_at, killed_at, syscalls_of
 

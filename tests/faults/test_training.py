@@ -15,8 +15,8 @@ import pytest
 
 from launch.local import run_local
 from pipeline.config_file import dump_config
-from pipeline.training.heartbeat import read_heartbeats
-from pipeline.training.manifest import committed, read_manifest
+from pipeline.training.health.heartbeat import read_heartbeats
+from pipeline.training.saving.manifest import committed, read_manifest
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.dataset import build_dataset
 from tests.faults.outcome import ROOT

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import main
-from pipeline.training import save as save_module
 from pipeline.training import train as train_module
+from pipeline.training.saving import save as save_module
 
 RANK = int(os.environ.get("RANK", "0"))
 STEP = 3

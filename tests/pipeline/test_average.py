@@ -18,10 +18,10 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.generate import Generator
 from pipeline.paths import RunPaths
 from pipeline.publish import file_digest, write_json
-from pipeline.training import snapshots as snapshots_module
-from pipeline.training.ema import Ema
-from pipeline.training.manifest import seal
-from pipeline.training.snapshots import Snapshots, usable_snapshots
+from pipeline.training.averages import snapshots as snapshots_module
+from pipeline.training.averages.ema import Ema
+from pipeline.training.averages.snapshots import Snapshots, usable_snapshots
+from pipeline.training.saving.manifest import seal
 from pipeline.training.world import World
 from tests.builders import TinyRun, tiny_run
 from tests.pipeline.training.stand_ins import StandInFragments, stand_in_checkpoints

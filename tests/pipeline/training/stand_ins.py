@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from pipeline.config import EmaConfig
-from pipeline.training.ema import Ema
+from pipeline.training.averages.ema import Ema
 from pipeline.training.fragments import Fragment
-from pipeline.training.retention import Retention
-from pipeline.training.save import Checkpoints, Plan
+from pipeline.training.saving.retention import Retention
+from pipeline.training.saving.save import Checkpoints, Plan
 from pipeline.training.world import World
 
 SHAPES = {"layer.weight": (4, 3), "layer.bias": (5,)}

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.training.facts import changed_settings, versions
-from pipeline.training.interval import due
+from pipeline.training.saving.interval import due
 from pipeline.training.step import micro_batch_seed
 from pipeline.training.train import _open_datasets
 from pipeline.training.world import World

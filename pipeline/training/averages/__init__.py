@@ -1,0 +1,1 @@
+"""Averages of the weights: sharded with the masters, kept as snapshots, rebuilt afterwards."""
