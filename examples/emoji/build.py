@@ -1,4 +1,4 @@
-"""Rebuild the example data: 1,911 Noto emoji with captions, laid out as `img2dataset` writes its shards.
+"""Rebuild the example data: 2,126 Noto emoji with captions, laid out as `img2dataset` writes its shards.
 
     python examples/emoji/build.py                    # fetches the package with `npm pack`
     python examples/emoji/build.py --tarball FILE     # or reads one that is already here
@@ -33,6 +33,7 @@ PACKAGE = "emoji-datasource-google@16.0.0"
 INTEGRITY = "sha512-ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A=="
 IMAGE_FOLDER = "img/google/64"
 EMOJI_COUNT = 1911
+GESTURE_COUNT = 43
 SIDE_PIXELS = 64
 SHARD_SAMPLES = 1000
 KEYS_PER_SHARD = 10_000  # img2dataset's default slots in a shard: keys have 4 + 5 = 9 digits
@@ -42,12 +43,22 @@ FIXED_TIME_SECONDS = 0.0  # img2dataset notes wall-clock times in the marker; he
 
 # Columns in img2dataset's order: additional columns, caption, url, then its own.
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("unicode", "name", "category", "subcategory", "caption", "url", "key")]
+    [(name, pa.string()) for name in ("unicode", "name", "category", "subcategory", "skin_tone", "part")]
+    + [(name, pa.string()) for name in ("caption", "url", "key")]
     + [("status", pa.string()), ("error_message", pa.string())]
     + [(name, pa.int32()) for name in ("width", "height", "original_width", "original_height")]
     + [("exif", pa.string()), ("sha256", pa.string())]
 )
 
+# Unicode's modifiers, by the names of CLDR.
+SKIN_TONES = {
+    "1F3FB": "light skin tone",
+    "1F3FC": "medium-light skin tone",
+    "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone",
+    "1F3FF": "dark skin tone",
+}
+GESTURES = "hand"  # how the sub-categories of hands begin
 # Names that say something else than the picture shows; replaced by the name that the emoji has in CLDR.
 RENAMED = {
     "1F46F": "people with bunny ears",
@@ -117,9 +128,12 @@ def plain_name(unicode: str, name: str) -> str:
     return f"{head}: {', '.join(members)} and {last}" if members else f"{head} with {last}"
 
 
-def caption_of(unicode: str, name: str, category: str, subcategory: str) -> str:
-    """Return `name, category, sub-category`, for example `soccer ball, activities, sport`."""
-    return ", ".join([plain_name(unicode, name), plain(category), plain(subcategory.replace("-", " "))])
+def caption_of(unicode: str, name: str, category: str, subcategory: str, skin_tone: str | None = None) -> str:
+    """Return `name, category, sub-category`, for example `soccer ball, activities, sport`; a tone follows the name."""
+    tone = f" with {skin_tone}" if skin_tone else ""
+    return ", ".join(
+        [plain_name(unicode, name) + tone, plain(category), plain(subcategory.replace("-", " "))]
+    )
 
 
 def encode_rgba(image: Image.Image) -> bytes:
@@ -190,21 +204,42 @@ def read_package(tarball: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]
     return table, images
 
 
+def with_skin_tones(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the emoji of `table` in its order, then each hand gesture in five skin tones.
+
+    `part` is `held_out` for one tone of each gesture, another one for the next gesture, and `train` for all else:
+    who trains without that part can ask for combinations that were never seen, of words that were.
+    """
+    rows = [{**emoji, "skin_tone": None, "part": "train"} for emoji in table]
+    gestures = [emoji for emoji in table if emoji["subcategory"].startswith(GESTURES)]
+    for place, emoji in enumerate(gestures):
+        for number, (modifier, tone) in enumerate(SKIN_TONES.items()):
+            part = "held_out" if number == place % len(SKIN_TONES) else "train"
+            variant = emoji["skin_variations"][modifier]
+            rows.append(
+                {**emoji, "unified": variant["unified"], "image": variant["image"]}
+                | {"base": emoji["unified"], "skin_tone": tone, "part": part}
+            )
+    return rows
+
+
 def make_samples(table: Sequence[Mapping[str, Any]], images: Mapping[str, bytes]) -> list[Sample]:
-    """Return one sample for each emoji of `table`, in its order.
+    """Return one sample for each emoji of `table` and each gesture in a skin tone, in that order.
 
     Raises: BuildError when a picture is missing, or when two emoji would get the same caption.
     """
     samples: list[Sample] = []
     owner: dict[str, str] = {}
-    for place, emoji in enumerate(table):
+    for place, emoji in enumerate(with_skin_tones(table)):
         unicode, url = emoji["unified"], f"{PACKAGE}/{IMAGE_FOLDER}/{emoji['image']}"
         if emoji["image"] not in images:
             raise BuildError(f"{unicode} ({emoji['name']}): the package has no {url}", 3)
         png = rgba_png(images[emoji["image"]], url)
         row: dict[str, Any] = {"unicode": unicode}
-        row |= {column: emoji[column] for column in ("name", "category", "subcategory")}
-        row["caption"] = caption_of(**row)
+        row |= {column: emoji[column] for column in ("name", "category", "subcategory", "skin_tone", "part")}
+        row["caption"] = caption_of(
+            emoji.get("base", unicode), row["name"], row["category"], row["subcategory"], row["skin_tone"]
+        )
         if (other := owner.setdefault(row["caption"], unicode)) != unicode:
             raise BuildError(f"{other} and {unicode} have the same caption: {row['caption']}", 3)
         shard, index = divmod(place, SHARD_SAMPLES)
@@ -305,8 +340,10 @@ def build(tarball: Path, output: Path) -> str:
     """Check the package, write its shards to `output`, and return a line that says what was written."""
     check_integrity(tarball, INTEGRITY)
     table, images = read_package(tarball)
-    if len(table) != EMOJI_COUNT:
-        raise BuildError(f"emoji.json lists {len(table)} emoji, expected {EMOJI_COUNT}", 3)
+    gestures = sum(emoji["subcategory"].startswith(GESTURES) for emoji in table)
+    if (len(table), gestures) != (EMOJI_COUNT, GESTURE_COUNT):
+        expected = f"expected {EMOJI_COUNT} and {GESTURE_COUNT}"
+        raise BuildError(f"emoji.json lists {len(table)} emoji, {gestures} of them hands: {expected}", 3)
     samples = make_samples(table, images)
     shards = write_shards(samples, output)
     return f"{len(samples)} samples in {shards} shards written to {output}"

@@ -28,7 +28,7 @@ def build() -> ModuleType:
 def members() -> dict[str, list[tuple[str, bytes]]]:
     """Shard -> (member name, bytes) in tar order."""
     shards: dict[str, list[tuple[str, bytes]]] = {}
-    for shard in ("00000", "00001"):
+    for shard in ("00000", "00001", "00002"):
         with tarfile.open(FOLDER / f"{shard}.tar", "r:") as archive:
             files = [(member.name, archive.extractfile(member)) for member in archive]
             shards[shard] = [(name, file.read()) for name, file in files if file is not None]
