@@ -9,11 +9,11 @@ client's own files, never from a config, and are never part of a message.
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -26,6 +26,10 @@ ATTEMPTS = 6
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 FETCH_BYTES = 8 << 20
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+Rest = ParamSpec("Rest")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,42 @@ def join(folder: str | Path, name: str) -> str:
     return f"{str(folder).rstrip('/')}/{name}"
 
 
+def _in_our_words(
+    call: Callable[Concatenate[str | Path, Rest], Answer],
+) -> Callable[Concatenate[str | Path, Rest], Answer]:
+    """Let `call` raise what its docstring says: the S3 client has errors of its own that are no `OSError`."""
+
+    @wraps(call)
+    def wrapped(place: str | Path, *rest: Rest.args, **named: Rest.kwargs) -> Answer:
+        try:
+            return call(place, *rest, **named)
+        except Exception as error:
+            if not type(error).__module__.startswith("botocore."):
+                raise
+            if "Credentials" in type(error).__name__:
+                raise ConfigError(
+                    f"{place}: {error}; give the store's credentials in the environment or in its client's own files"
+                ) from None
+            raise OSError(f"{place}: {type(error).__name__}: {error}") from None
+
+    return wrapped
+
+
+@_in_our_words
 def is_folder(place: str | Path) -> bool:
     """Return whether something lies below the place."""
     system, path = _open_system(place)
     return bool(system.isdir(path))
 
 
+@_in_our_words
 def exists(place: str | Path) -> bool:
     """Return whether there is a file at the place."""
     system, path = _open_system(place)
     return bool(system.isfile(path))
 
 
+@_in_our_words
 def list_files(folder: str | Path, *, below: bool = False) -> list[StoredFile]:
     """Return the files in the folder, with `below` also in its subfolders, sorted by name.
 
@@ -98,6 +126,7 @@ def _local_files(folder: Path, below: bool) -> Iterator[StoredFile]:
             yield StoredFile(path.relative_to(folder).as_posix(), status.st_size, version)
 
 
+@_in_our_words
 def stat_file(place: str | Path) -> StoredFile:
     """Return size and version of the file at the place; its `name` is the last part of the path.
 
@@ -112,6 +141,7 @@ def stat_file(place: str | Path) -> StoredFile:
     return StoredFile(path.rpartition("/")[2], int(info["size"]), _version(info))
 
 
+@_in_our_words
 def open_file(place: str | Path) -> BinaryIO:
     """Return the file opened for reading; `seek` and `read` fetch only what they need from a store."""
     system, path = _open_system(place)
@@ -119,12 +149,14 @@ def open_file(place: str | Path) -> BinaryIO:
     return stream
 
 
+@_in_our_words
 def read_file(place: str | Path) -> bytes:
     """Return the whole file."""
     system, path = _open_system(place)
     return Path(path).read_bytes() if isinstance(system, LocalFileSystem) else bytes(system.cat_file(path))
 
 
+@_in_our_words
 def read_range(place: str | Path, offset: int, size_bytes: int) -> bytes:
     """Return `size_bytes` bytes from `offset` on; fewer only where the file ends."""
     assert offset >= 0 and size_bytes >= 0, (offset, size_bytes)
@@ -137,6 +169,7 @@ def read_range(place: str | Path, offset: int, size_bytes: int) -> bytes:
     return bytes(system.cat_file(path, start=offset, end=offset + size_bytes))
 
 
+@_in_our_words
 def fetch(place: str | Path, into: BinaryIO) -> str:
     """Copy the whole file at the place into the open file `into` and return its sha256.
 

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
 from pipeline import storage
 from pipeline.errors import ConfigError
@@ -89,3 +91,35 @@ def test_a_fetch_that_comes_short_is_no_file(local: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(storage, "open_file", lambda where: io.BytesIO(b"short"))
     with pytest.raises(OSError, match=r"5 bytes came, the store lists 10240"):
         storage.fetch(place, io.BytesIO())
+
+
+class GoneStore:
+    """A store whose client has given up, in the client's own words."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def _strip_protocol(self, place: str) -> str:
+        return place.removeprefix("s3://")
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def give_up(*_: object, **__: object) -> None:
+            raise self._error
+
+        return give_up
+
+
+@pytest.mark.parametrize(
+    "call",
+    [storage.is_folder, storage.exists, storage.open_file, storage.read_file],
+)
+def test_what_the_client_raises_is_an_os_error_or_the_users_mistake(
+    call: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = EndpointConnectionError(endpoint_url="http://localhost:1")
+    monkeypatch.setattr(storage, "_system", lambda protocol: GoneStore(gone))
+    with pytest.raises(OSError, match=r"s3://bucket/x: EndpointConnectionError: Could not connect"):
+        call("s3://bucket/x")
+    monkeypatch.setattr(storage, "_system", lambda protocol: GoneStore(NoCredentialsError()))
+    with pytest.raises(ConfigError, match=r"s3://bucket/x: Unable to locate credentials; give the store's"):
+        call("s3://bucket/x")
