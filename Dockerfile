@@ -1,4 +1,4 @@
-# One image for every verb of `ldm` on one machine; jobs under Slurm run without it so far (docs/slurm.md).
+# One image for every verb of `ldm`; ranks under Slurm run in it where `cluster.container` says so (docs/slurm.md).
 #   docker build -t ldm .
 #   docker run --rm -v "$PWD/runs:/home/ldm/runs" ldm demo --fast
 #

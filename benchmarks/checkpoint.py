@@ -38,8 +38,10 @@ from pipeline.training.averages.ema import Ema
 from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
 from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
+from pipeline.training.saving.plan import Plan
 from pipeline.training.saving.retention import Retention
-from pipeline.training.saving.save import Checkpoints, Plan, RunState
+from pipeline.training.saving.save import Checkpoints
+from pipeline.training.saving.state import RunState
 from pipeline.training.world import end_world, start_world
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -80,7 +82,14 @@ class Ours:
         )
         fragments = Fragments(self.engine, world)
         self.ema = Ema(fragments, EmaConfig())
-        facts = {"attempt": "benchmark", "config": {}, "data_digest": "", "scheduler": {}, "zero_stage": 1}
+        facts = {
+            "attempt": "benchmark",
+            "config": {},
+            "data_digest": "",
+            "data": {},
+            "scheduler": {},
+            "zero_stage": 1,
+        }
         self.checkpoints = Checkpoints(
             folder,
             world=world,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.harness import MARKDOWN_HEADER, Comparison, Rounds, Side, compare, gate, markdown_row
 from pipeline.config import ObjectiveConfig, SampleConfig, UNetConfig
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import GuidedNetwork
 from pipeline.diffusion.samplers import make_sampler
 from pipeline.generate import paint_latents
@@ -90,7 +91,7 @@ def compare_size(name: str, out_dir: Path) -> Comparison:
         return latents
 
     def by_us() -> Tensor:
-        network = GuidedNetwork(ours, text_BLD, null_BLD, sample)
+        network = GuidedNetwork(ours, Conditioning(text_BLD), Conditioning(null_BLD), sample)
         with text_remembered(ours):
             return paint_latents(network, noise_BCHW, objective, sample)
 

@@ -19,11 +19,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 VERBS = {
     "start_up_help": ("ldm --help", ("--help",)),
     "start_up_check": ("ldm check configs/demo.yaml", ("check", "configs/demo.yaml")),
+    "start_up_plan": ("ldm plan configs/demo.yaml", ("plan", "configs/demo.yaml")),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run both comparisons from the repository's root; write CSV, PNG and `start_up.md`, print the table.
+    """Run the comparisons from the repository's root; write CSV, PNG and `start_up.md`, print the table.
 
     Raises: SystemExit with code 1 where `--at-most` does not hold; CommandError where a command fails.
     """

@@ -47,7 +47,7 @@ def sizes() -> dict[str, Size]:
     return {
         "demo": Size(demo, side=16, batch=8),
         "tenth": Size(tenth, side=32, batch=1),
-        "sd15": Size(UNetConfig(), side=16, batch=1),
+        "sd15": Size(UNetConfig(), side=32, batch=1),
     }
 
 

@@ -63,14 +63,10 @@ def combination_problems(config: RunConfig) -> list[str]:
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is more than train.steps {config.train.steps}; "
             "the learning rate would never arrive"
         )
-    if config.data.on_bad_sample == "substitute":
+    if config.model.addition_embed_type is not None and config.encode.text_encoder_2 is None:
         lines.append(
-            "data.on_bad_sample: 'substitute' is logged, but this version does not keep it in checkpoints, so a resumed "
-            "run could differ; use stop"
-        )
-    if config.model.addition_embed_type is not None:
-        lines.append(
-            "model.addition_embed_type: 'text_time' (SDXL) is built, but this version does not train it; use null"
+            "encode.text_encoder_2: null, but model.addition_embed_type 'text_time' (SDXL) takes its pooled text; give "
+            "SDXL's second text folder"
         )
     lines += hatch_problems(config.engine.deepspeed)
     if config.first_stage:
@@ -98,11 +94,25 @@ def _first_stage_problems(config: RunConfig) -> list[str]:
             f"encode.image_size: {config.encode.image_size} pixels; autoencoder and U-Net halve down to 1/{factor}, "
             f"so a multiple of {factor} is needed, e.g. {nearest}"
         )
+    lines += _bucket_problems(config, factor)
     if config.encode.image_size % clip.patch:
         lines.append(
             f"first_stage.clip.patch: {clip.patch} does not divide encode.image_size {config.encode.image_size}"
         )
     return lines
+
+
+def _bucket_problems(config: RunConfig, factor: int) -> list[str]:
+    """Return a line for each shape that autoencoder and U-Net cannot halve down to 1/`factor`."""
+    encode = config.encode
+    need = f"autoencoder and U-Net halve down to 1/{factor}"
+    if encode.bucket_step is not None and encode.bucket_step % factor:
+        return [f"encode.bucket_step: {encode.bucket_step} pixels; {need}, so give a multiple of {factor}"]
+    wrong = [shape for shape in encode.buckets or () if shape[0] % factor or shape[1] % factor]
+    return [
+        f"encode.buckets: {height} x {width} pixels; {need}, so both sides must be multiples of {factor}"
+        for height, width in wrong
+    ]
 
 
 def file_problems(config: RunConfig, paths: RunPaths) -> list[str]:
@@ -122,8 +132,10 @@ def file_problems(config: RunConfig, paths: RunPaths) -> list[str]:
         lines.append(
             f"encode.source: {config.encode.source} is no folder; give the one with the image-caption shards"
         )
-    for name in ("autoencoder", "text_encoder"):
+    for name in ("autoencoder", "text_encoder", "text_encoder_2"):
         folder = getattr(config.encode, name)
+        if folder is None and name == "text_encoder_2":
+            continue
         if folder is None and config.first_stage is None:
             lines.append(f"encode.{name}: null and no first_stage section trains one; give a local folder")
         elif folder is not None and not Path(folder).is_dir():

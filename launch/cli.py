@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from launch.verbs import averages, cluster, data, first_stage, models, start, training
+from launch.verbs import averages, cluster, data, first_stage, models, plan, start, training
 from pipeline.errors import PipelineError
 
 INTERRUPTED = 130
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for room in (start, first_stage, data, training, averages, models, cluster):
+for room in (start, plan, first_stage, data, training, averages, models, cluster):
     app.add_typer(room.app)
 
 

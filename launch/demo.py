@@ -95,7 +95,7 @@ def _encode(demo: Demo) -> str:
     manifest = finalize_dataset(config, paths.latents, source)
     result = verify_dataset(paths.latents, samples=None, decode_with=None)
     assert not result.problems, result.problems
-    write_report(paths.latents, source, paths.autoencoder)
+    write_report(paths.latents, source, paths.autoencoder, config.encode.image_column)
     return manifest.digest
 
 

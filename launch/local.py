@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from launch.nodes import COMMON, OPENMPI, TORCHRUN, free_port
-from pipeline.errors import StoppedError, ToolError
+from launch.supervisor.exits import FINAL_CODES, STOP_SIGNAL_CODES
+from launch.supervisor.history import newest_step
+from pipeline.errors import NoProgressError, StoppedError, ToolError
+from pipeline.paths import RunPaths
 
 # How long after the first failure others may follow: a rank that was killed often takes its peers along within
 # milliseconds, and the one killed is the one to name.
@@ -93,6 +96,28 @@ def run_local(
             for rank in world.ranks:
                 rank.process.wait()
     return _exit_code(world)
+
+
+def train_local(argv: Sequence[str], processes: int, run: RunPaths, *, threads: int) -> int:
+    """Run the training `argv` of `run` as `run_local` does, again after a crash that came behind a newer checkpoint.
+
+    Returns what `run_local` does: done, stopped and what would only happen again end it, and so does a crash before
+    the first checkpoint. 6 when a start that went on from a checkpoint has crashed before the next one.
+    """
+    crashed = False
+    while True:
+        before = newest_step(run)
+        code = run_local(argv, processes, threads=threads)
+        if code in (0, StoppedError.exit_code) or code in FINAL_CODES or code in STOP_SIGNAL_CODES:
+            return code
+        newest = newest_step(run)
+        if newest == before:
+            if not crashed:
+                return code
+            _say(f"no progress: it has crashed again at step {newest}'s checkpoint")
+            return NoProgressError.exit_code
+        crashed = True
+        _say(f"starts again from the checkpoint of step {newest}")
 
 
 def _clean_environment(environment: Mapping[str, str]) -> dict[str, str]:

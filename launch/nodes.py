@@ -143,13 +143,17 @@ def job_port(job: int, attempt: int = 0) -> int:
     return FIRST_PORT + (PORT_STRIDE * job + attempt) % PORTS
 
 
-def free_port(start: int) -> int:
-    """Return a port of this machine that nobody listens on now, looking from the `start`-th of the range."""
+def free_port(start: int, address: str = "127.0.0.1") -> int:
+    """Return a port of this machine that nobody listens on now, looking from the `start`-th of the range.
+
+    `start` may be a port of the range as well; `address` "" asks about all addresses of the machine.
+    """
+    start -= FIRST_PORT if start >= FIRST_PORT else 0
     for offset in range(PORTS):
         port = FIRST_PORT + (start + offset) % PORTS
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((address, port))
             except OSError:
                 continue
             return port

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 import torch
 
 from launch.nodes import Placement
+from launch.preflight import preflight
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.paths import RunPaths
 from pipeline.training.health.heartbeat import name_silent, read_heartbeats
+from pipeline.training.stop import answer_with_stacks
 from pipeline.training.train import train
 from pipeline.training.world import end_world, start_world
 
@@ -26,7 +28,9 @@ SECONDS_AFTER_THE_CAUSE = 3.0
 NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
-def train_rank(config: RunConfig, paths: RunPaths, placement: Placement) -> str:
+def train_rank(
+    config: RunConfig, paths: RunPaths, placement: Placement, *, accept_data_change: bool = False
+) -> str:
     """Train as the rank that `placement` names; return the line to print, empty but on rank 0.
 
     Raises:
@@ -37,6 +41,7 @@ def train_rank(config: RunConfig, paths: RunPaths, placement: Placement) -> str:
         torch.set_num_threads(config.engine.threads)
     if sys.__stderr__ is not None:
         faulthandler.enable(file=sys.__stderr__)  # Where a segfault or an abort happened.
+    answer_with_stacks(paths.stacks(placement.rank))  # A supervisor may ask before the training has begun.
     with _explained(config, paths, placement.rank):
         world = start_world(
             placement.rank,
@@ -47,9 +52,11 @@ def train_rank(config: RunConfig, paths: RunPaths, placement: Placement) -> str:
             timeout_seconds=config.health.collective_seconds,
         )
         try:
-            result = train(
-                config, paths, world, attempt=os.environ.get(ATTEMPT_VARIABLE) or uuid.uuid4().hex[:12]
-            )
+            attempt = os.environ.get(ATTEMPT_VARIABLE) or uuid.uuid4().hex[:12]
+            said = preflight(config, paths, world, attempt)
+            if world.is_first and world.world_size > 1:
+                print(said, file=sys.stderr, flush=True)
+            result = train(config, paths, world, attempt=attempt, accept_data_change=accept_data_change)
         finally:
             end_world()
     if result.stopped:

@@ -1,19 +1,20 @@
 """`ldm status`: how far a run or a data set is, told from its files alone."""
 
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.follow.run import is_run, lines_of, run_status
+from launch.submit.variants import SWEEP_NAME
 from pipeline.errors import ConfigError
 from pipeline.latents.manifest import Manifest
 from pipeline.latents.shard import Counts, ShardRecord
 from pipeline.paths import RunPaths
-from pipeline.tracking import read_records
 from preprocessing.leases import known_work, leased
 
 SPEED_SHARDS = 200
+WATCH_SECONDS = 5.0
 
 
 def describe(path: Path) -> str:
@@ -23,7 +24,9 @@ def describe(path: Path) -> str:
         ConfigError: when it is neither.
     """
     run = RunPaths(path)
-    if any(mark.exists() for mark in (run.config, run.jobs, run.metrics, run.autoencoder, run.clip)):
+    if (path / SWEEP_NAME).is_file():
+        return describe_sweep(path)
+    if is_run(run):
         return describe_run(run)
     if (path / "manifest.json").is_file() or _markers(path) or known_work(path) is not None:
         return describe_dataset(path)
@@ -33,20 +36,15 @@ def describe(path: Path) -> str:
 
 
 def describe_run(paths: RunPaths) -> str:
-    """Return step, loss, speed and checkpoints of a run."""
-    records = read_records(paths.metrics, "train") if paths.metrics.is_file() else []
-    checkpoints = sorted(folder.name for folder in paths.checkpoints.glob("step-*") if folder.is_dir())
-    lines = [f"{paths.root}: " + (f"step {records[-1]['step']}" if records else "not trained yet")]
-    if records:
-        age_seconds = time.time() - records[-1]["time"]
-        shown = {key: records[-1].get(key) for key in ("samples", "loss", "grad_norm", "samples_per_second")}
-        lines.append("  " + ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None))
-        lines.append(f"  last record {age_seconds:.0f} s ago")
-    lines.append(f"  checkpoints: {', '.join(checkpoints) or 'none'}")
-    if paths.jobs.is_file():
-        jobs = json.loads(paths.jobs.read_text())["jobs"]
-        lines.append(f"  slurm jobs: {', '.join(job['job_id'] for job in jobs)}")
-    return "\n".join(lines)
+    """Return a page about a run: step, loss, speed, time left, checkpoints, restarts and its jobs."""
+    return "\n".join(lines_of(run_status(paths)))
+
+
+def describe_sweep(folder: Path) -> str:
+    """Return the first lines about each run of a sweep."""
+    runs = json.loads((folder / SWEEP_NAME).read_text(encoding="utf-8"))["runs"]
+    statuses = [run_status(RunPaths(folder / name)) for name in runs]
+    return "\n".join("\n".join(lines_of(status)[:2]) for status in statuses)
 
 
 def describe_dataset(dataset: Path) -> str:

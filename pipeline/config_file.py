@@ -7,7 +7,7 @@ the line, the dotted key, the value, what is allowed and, for a misspelt key, th
 import difflib
 import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from pipeline.config import RunConfig
+from pipeline.config import ClusterConfig, RunConfig
 from pipeline.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -28,14 +28,16 @@ OVERRIDDEN = -1
 Lines = dict[tuple[str | int, ...], int]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), site: Path | None = None) -> RunConfig:
     """Return the run described by the YAML file at `path` with `key=value` overrides laid over it.
+
+    `site` is a file with settings of the section `cluster`, laid between the two.
 
     Raises:
         ConfigError: with one line for every problem found.
     """
     tree, lines = _read_tree(path)
-    problems: list[str] = []
+    problems = [] if site is None else _lay_site(tree, lines, site)
     for override in overrides:
         problem = _apply_override(tree, override)
         if problem:
@@ -47,6 +49,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if problems or config is None:
         raise ConfigError(problems)
     return config
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run with plain values at dotted keys, and `key=value` overrides laid over those.
+
+    Raises:
+        ConfigError: with one line for every problem found.
+    """
+    tree: dict[str, Any] = json.loads(config.model_dump_json())
+    placed = [_place(tree, key, value) for key, value in settings.items()]
+    placed += [_apply_override(tree, override) for override in overrides]
+    changed, problems = validate(tree, "settings", {})
+    problems = [problem for problem in placed if problem] + problems
+    if problems or changed is None:
+        raise ConfigError(problems)
+    return changed
 
 
 def validate(tree: dict[str, Any], where: str, lines: Lines) -> tuple[RunConfig | None, list[str]]:
@@ -134,17 +152,40 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
         value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
     except YAMLError:
         return f"override {override!r}: the value is not YAML; quote it"
+    problem = _place(tree, key.strip(), value)
+    return f"override {override!r}: {problem}" if problem else None
+
+
+def _place(tree: dict[str, Any], key: str, value: Any) -> str | None:
+    """Set the value of a dotted key, making the sections on its way; return the problem, if it has one."""
     node = tree
-    *parents, last = key.strip().split(".")
+    *parents, last = key.split(".")
     for parent in parents:
         child = node.setdefault(parent, {})
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            return f"override {override!r}: {parent} is {child!r}, not a section"
+            return f"{parent} is {child!r}, not a section"
         node = child
     node[last] = value
     return None
+
+
+def _lay_site(tree: dict[str, Any], lines: Lines, site: Path) -> list[str]:
+    """Lay the settings of a site file over the section `cluster`; return its problems, which name that file."""
+    values, site_lines = _read_tree(site)
+    places: Lines = {("cluster", *at): line for at, line in site_lines.items()}
+    try:
+        ClusterConfig.model_validate_json(json.dumps(values))
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            return [f"{site}: not plain data ({error}); only text, numbers, true/false, null, lists and maps"]
+        found = ({**problem, "loc": ("cluster", *problem["loc"])} for problem in _distinct(error))
+        return [_problem_line(problem, tree, str(site), places) for problem in found]
+    tree["cluster"] = {**(tree.get("cluster") or {}), **values}
+    for name in values:
+        _forget_line(lines, f"cluster.{name}")
+    return []
 
 
 def _forget_line(lines: Lines, key: str) -> None:
@@ -159,7 +200,7 @@ def _distinct(error: ValidationError) -> Iterator[dict[str, Any]]:
     """Yield one problem for each key: a union of types reports the same key once a member."""
     seen = set()
     for problem in error.errors(include_url=False):
-        at = tuple(part for part in problem["loc"] if not _is_union_label(part))
+        at = tuple(part for part in problem["loc"] if not _is_union_label(part)) or problem["loc"]
         if at not in seen:
             seen.add(at)
             yield {**problem, "loc": at}

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from pipeline import publish
-from pipeline.config import ObjectiveConfig, RunConfig
+from pipeline.config import RunConfig
+from pipeline.data.changes import data_digest
+from pipeline.data.conditions import require_sizes, time_ids
+from pipeline.data.held_out import HeldOut, open_held_out
 from pipeline.diffusion import draws
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.objective import Network, denoising_loss
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
@@ -25,12 +29,10 @@ from pipeline.errors import DataError, DivergedError
 from pipeline.generate import (
     TrainedNetwork,
     Weights,
-    dataset_folder,
     default_device,
     encoder_folders,
     refuse_differences,
 )
-from pipeline.latents.reader import LatentDataset
 from pipeline.latents.record import LatentSample
 from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.paths import RunPaths
@@ -56,10 +58,10 @@ def evaluate_run(paths: RunPaths, config: RunConfig, kinds: Sequence[Weights] = 
     device = default_device()
     networks = TrainedNetwork.each(paths, kinds, device)
     trained = next(networks)
-    dataset = _validation_split(trained, paths)
+    dataset = _validation_split(trained, paths, config.evaluate.max_samples)
     text_encoder = validation_text_encoder(trained.config, dataset, paths, device)
     timesteps = evaluation_timesteps(config.evaluate.timesteps, trained.config.objective.timesteps)
-    samples = min(len(dataset), config.evaluate.max_samples)
+    samples = len(dataset)
     result: dict[str, Any] = {
         "step": trained.step,
         "samples": trained.samples,
@@ -87,21 +89,22 @@ class Evaluator:
     def __init__(
         self,
         network: Network,
-        objective: ObjectiveConfig,
+        config: RunConfig,
         device: torch.device,
-        dataset: LatentDataset,
+        dataset: HeldOut,
         text_encoder: TextEncoder | None,
     ) -> None:
-        """`text_encoder` is needed only for a data set that stores tokens."""
-        self._network, self._prediction, self._device = network, objective.prediction, device
-        self._schedule = Schedule.from_config(objective, device)
+        """`config` is the training's; `text_encoder` is needed only for a data set that stores tokens."""
+        self._network, self._prediction, self._device = network, config.objective.prediction, device
+        self._schedule = Schedule.from_config(config.objective, device)
+        self._sized = config.model.addition_embed_type is not None
         self._dataset, self._text_encoder = dataset, text_encoder
 
     @classmethod
-    def of(cls, trained: TrainedNetwork, dataset: LatentDataset, text_encoder: TextEncoder | None) -> Self:
+    def of(cls, trained: TrainedNetwork, dataset: HeldOut, text_encoder: TextEncoder | None) -> Self:
         """Return the evaluator of a trained network, on the device that it lies on."""
         device = next(trained.network.parameters()).device
-        return cls(trained.network, trained.config.objective, device, dataset, text_encoder)
+        return cls(trained.network, trained.config, device, dataset, text_encoder)
 
     @torch.no_grad()
     def losses(
@@ -117,13 +120,13 @@ class Evaluator:
         for number, filler in share.of(len(batches)):
             indices = batches[number]
             part = [self._dataset.read(index) for index in indices]
-            x0_BCHW, text_BLD = self._inputs(part)
+            x0_BCHW, conditions = self._latents(part), self._conditions(part, indices[0])
             for column, timestep in enumerate(timesteps):
                 noise = [validation_noise(sample.key, timestep, x0_BCHW.shape[1:]) for sample in part]
                 loss_B = denoising_loss(
                     self._network,
                     x0_BCHW,
-                    text_BLD,
+                    conditions,
                     torch.from_numpy(np.stack(noise)).to(self._device),
                     torch.full((len(part),), timestep, device=self._device),
                     self._schedule,
@@ -139,24 +142,39 @@ class Evaluator:
         batches: list[list[int]] = []
         bucket: tuple[int, int] | None = None
         for index in range(samples):
-            found = self._dataset.table.place(index).bucket
+            found = self._dataset.bucket(index)
             if found != bucket or len(batches[-1]) == batch:
                 batches.append([])
             batches[-1].append(index)
             bucket = found
         return batches
 
-    def _inputs(self, part: list[LatentSample]) -> tuple[Tensor, Tensor]:
-        """Return scaled posterior means [B, C, H, W] and the states of each first caption [B, L, D], float32."""
+    def _latents(self, part: list[LatentSample]) -> Tensor:
+        """Return scaled posterior means, float32 [B, C, H, W]."""
         spec = self._dataset.spec
         moments_BMHW = torch.from_numpy(np.stack([sample.arrays["latent"] for sample in part]))
         mean_BCHW, _ = split_moments(moments_BMHW.to(self._device), spec.channels)
-        x0_BCHW = scale_latents(mean_BCHW, spec.scaling_factor, spec.shift_factor)
-        name = "text" if self._text_encoder is None else "tokens"
-        stored = np.stack([sample.arrays[name][0] for sample in part])
+        return scale_latents(mean_BCHW, spec.scaling_factor, spec.shift_factor)
+
+    def _conditions(self, part: list[LatentSample], index: int) -> Conditioning:
+        """Return the conditions of each first caption, float32; `index` is that of any sample of the part."""
         if self._text_encoder is None:
-            return x0_BCHW, torch.from_numpy(stored).to(self._device).float()
-        return x0_BCHW, self._text_encoder.encode(torch.from_numpy(stored.astype(np.int64)))
+            text_BLD = self._first(part, "text").float()
+            pooled_BP = self._first(part, "pooled").float() if self._sized else None
+        else:
+            text_BLD, pooled_BP = self._text_encoder.encode_pooled(self._first(part, "tokens").long())
+        if not self._sized:
+            return Conditioning(text_BLD)
+        bucket = self._dataset.bucket(index)
+        time_ids_BS = time_ids([sample.record for sample in part], bucket, np.zeros(len(part), bool))
+        return Conditioning(text_BLD, pooled_BP, require_sizes(time_ids_BS).to(self._device))
+
+    def _first(self, part: list[LatentSample], name: str) -> Tensor:
+        """Return the member `name` of each first caption, stacked, on the device."""
+        stored = np.stack([sample.arrays[name][0] for sample in part])
+        return torch.from_numpy(stored.astype(np.int64) if stored.dtype == np.uint16 else stored).to(
+            self._device
+        )
 
 
 def evaluation_timesteps(count: int, timesteps: int) -> list[int]:
@@ -190,19 +208,20 @@ def loss_values(weights: str, timesteps: list[int], summed: Mapping[str, Any]) -
     return {name: summed["loss"]} | {f"{name}/t{timestep:04d}": loss for timestep, loss in by_timestep}
 
 
-def _validation_split(trained: TrainedNetwork, paths: RunPaths) -> LatentDataset:
-    folder = dataset_folder(trained.config, paths)
-    dataset = LatentDataset(folder, "validation")
-    refuse_differences(folder, {"digest": (dataset.manifest.digest, trained.data_digest)})
+def _validation_split(trained: TrainedNetwork, paths: RunPaths, most: int) -> HeldOut:
+    """Return what no step saw of the data that the network was trained on: one data set or a mixture, anywhere."""
+    dataset = open_held_out(trained.config.data, paths.latents, most)
+    found = data_digest(dataset.sets, trained.config.data)
+    refuse_differences(dataset.where, {"digest": (found, trained.data_digest)})
     if len(dataset) == 0:
         raise DataError(
-            f"{folder}: the validation split is empty; set encode.validation_samples and encode again"
+            f"{dataset.where}: the validation split is empty; set encode.validation_samples and encode again"
         )
     return dataset
 
 
 def validation_text_encoder(
-    config: RunConfig, dataset: LatentDataset, paths: RunPaths, device: torch.device
+    config: RunConfig, dataset: HeldOut, paths: RunPaths, device: torch.device
 ) -> TextEncoder | None:
     """Return the text encoder that the data set's tokens need, None for one that stores embeddings.
 
@@ -214,7 +233,7 @@ def validation_text_encoder(
     folder = encoder_folders(config, paths)[1]
     encoder = load_text_encoder(config.encode, folder, device)
     refuse_differences(
-        dataset.folder, {"encoder.text_encoder": (dataset.manifest.encoder["text_encoder"], encoder.digest)}
+        dataset.where, {"encoder.text_encoder": (dataset.encoder["text_encoder"], encoder.digest)}
     )
     return encoder
 

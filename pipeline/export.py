@@ -73,11 +73,7 @@ def export_pipeline(paths: RunPaths, config: RunConfig, *, weights: Weights = "e
     trained = generator.trained
     autoencoder, text_encoder = encoder_folders(trained.config, paths)
     second = trained.config.encode.text_encoder_2
-    if trained.config.encode.text_layer != "last" and not second:
-        raise ConfigError(
-            "encode.text_layer: a StableDiffusionPipeline reads the last layer, this run the penultimate one without "
-            "norm; the exported folder would paint other pictures"
-        )
+    _refuse_other_layer(trained.config.encode.text_layer, "penultimate" if second else "last")
     parts = Parts(
         trained.network,
         make_sampler(config.sample.sampler, trained.config.objective, trained.config.model.sample_size**2),
@@ -89,6 +85,14 @@ def export_pipeline(paths: RunPaths, config: RunConfig, *, weights: Weights = "e
         card = model_card(generator, config, parts.pipeline_class)
         publish.write_bytes(folder / "README.md", card.encode())
     return paths.export
+
+
+def _refuse_other_layer(ours: str, theirs: str) -> None:
+    if ours != theirs:
+        raise ConfigError(
+            f"encode.text_layer: diffusers' pipeline reads the {theirs} layer for this model, this run the {ours} one; "
+            "the exported folder would paint other pictures"
+        )
 
 
 def write_pipeline(folder: Path, parts: Parts) -> None:
@@ -168,10 +172,12 @@ def copy_tokenizer(text_encoder: Path, target: Path) -> None:
     Raises:
         DataError: when neither place has one.
     """
-    places = [text_encoder, text_encoder.parent / "tokenizer"]
+    named = "text_encoder" in text_encoder.name
+    beside = text_encoder.name.replace("text_encoder", "tokenizer") if named else "tokenizer"
+    places = [text_encoder, text_encoder.parent / beside]
     source = next((place for place in places if _has_tokenizer(place)), None)
     if source is None:
-        raise DataError(f"{text_encoder}: no tokenizer.json or vocab.json, nor in tokenizer/ beside it")
+        raise DataError(f"{text_encoder}: no tokenizer.json or vocab.json, nor in {beside}/ beside it")
     target.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

@@ -4,14 +4,14 @@ A picture is a function of (weights, prompt, seed, picture number, sampler setti
 counter, so neither the batch it is painted in nor its neighbours matter. Nothing here depends on the world size
 that the weights were trained with.
 
-Shape letters: B pictures, C latent channels, H W latent sides, L text tokens, D text width, N pictures in all.
+Shape letters: B pictures, C latent channels, H W latent sides, N pictures in all.
 """
 
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from pipeline.average import made_weights
 from pipeline.config import ObjectiveConfig, RunConfig, SampleConfig
+from pipeline.data.changes import data_digest
+from pipeline.data.sets import known_datasets
 from pipeline.diffusion import draws
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import GuidedNetwork
 from pipeline.diffusion.posterior import unscale_latents
 from pipeline.diffusion.samplers import Generators, make_sampler, sampling_timesteps, step_back
-from pipeline.errors import CheckpointError, ConfigError, DataError
-from pipeline.latents.manifest import Manifest
+from pipeline.errors import CheckpointError, DataError
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.pixels import pixels_from_images
@@ -97,11 +99,6 @@ class TrainedNetwork:
         device: torch.device | str,
     ) -> Self:
         config = RunConfig.model_validate_json(json.dumps(manifest["config"]))
-        if config.model.addition_embed_type is not None:
-            raise ConfigError(
-                f"{checkpoint}: model.addition_embed_type {config.model.addition_embed_type!r} needs pooled text, "
-                "which painting and evaluating do not provide; only models without it are supported"
-            )
         network = UNet(config.model)
         try:
             network.load_state_dict(state, strict=True)
@@ -128,7 +125,7 @@ class Generator:
     ) -> None:
         self.trained = trained
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.null_text_1LD = text_encoder.encode(text_encoder.tokenize([""])[0]).to(self.device)
+        self.null_text = self.text([""])
 
     @classmethod
     def load(cls, run: RunPaths, weights: Weights = "ema", device: torch.device | str | None = None) -> Self:
@@ -147,7 +144,7 @@ class Generator:
             # Text states in the precision that the network was trained on.
             load_text_encoder(trained.config.encode, text_encoder_folder, device),
         )
-        generator.refuse_mismatch(dataset_folder(trained.config, run))
+        generator.refuse_mismatch(run)
         return generator
 
     @property
@@ -192,76 +189,100 @@ class Generator:
         self, prompts: Sequence[str], noise_BCHW: Tensor, sample: SampleConfig, generators: Generators = ()
     ) -> Tensor:
         """Return images in [-1, 1], float32 [B, 3, height, width], for prompts and the noise they begin with."""
+        latents_BCHW = self.denoise(noise_BCHW, self.text(prompts), sample, generators)
+        encoder = self.autoencoder
+        return encoder.decode(unscale_latents(latents_BCHW, encoder.scaling_factor, encoder.shift_factor))
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the text of prompts on the device, its pooled part for SDXL alone; a prompt that is cut is said."""
         tokens_BL, truncated_B = self.text_encoder.tokenize(prompts)
         for prompt, truncated in zip(prompts, truncated_B.tolist(), strict=True):
             if truncated:
                 logger.warning("prompt cut to %d tokens: %.80s", self.text_encoder.max_tokens, prompt)
-        text_BLD = self.text_encoder.encode(tokens_BL).to(self.device)
-        latents_BCHW = self.denoise(noise_BCHW, text_BLD, sample, generators)
-        encoder = self.autoencoder
-        return encoder.decode(unscale_latents(latents_BCHW, encoder.scaling_factor, encoder.shift_factor))
+        text_BLD, pooled_BP = self.text_encoder.encode_pooled(tokens_BL)
+        if not self._is_sdxl:
+            return Conditioning(text_BLD.to(self.device))
+        assert pooled_BP is not None, "the data set that the network learned from has pooled text"
+        return Conditioning(text_BLD.to(self.device), pooled_BP.to(self.device))
 
     @torch.no_grad()
     def denoise(
-        self, noise_BCHW: Tensor, text_BLD: Tensor, sample: SampleConfig, generators: Generators = ()
+        self, noise_BCHW: Tensor, text: Conditioning, sample: SampleConfig, generators: Generators = ()
     ) -> Tensor:
         """Return scaled latents, float32 [B, C, H, W], sampled under classifier-free guidance.
 
-        `generators`, one a picture, give the noise that stochastic samplers add.
+        Guidance leads away from the null text or the negative prompt. `generators`, one a picture, give the noise
+        that stochastic samplers add.
         """
         denoiser = self.trained.network
-        network = GuidedNetwork(denoiser, text_BLD, self._away_from(sample, text_BLD), sample)
+        away = self.text([sample.negative_prompt]) if sample.negative_prompt else self.null_text
+        towards, away = (self._sized(part, noise_BCHW) for part in (text, away.expanded(len(noise_BCHW))))
+        network = GuidedNetwork(denoiser, towards, away, sample)
         with text_remembered(denoiser):
             return paint_latents(network, noise_BCHW, self.trained.config.objective, sample, generators)
 
-    def _away_from(self, sample: SampleConfig, text_BLD: Tensor) -> Tensor:
-        """Return the text that guidance leads away from, [B, L, D]: the null text or the negative prompt."""
-        if not sample.negative_prompt:
-            return self.null_text_1LD.expand_as(text_BLD)
-        tokens_1L = self.text_encoder.tokenize([sample.negative_prompt])[0]
-        return self.text_encoder.encode(tokens_1L).to(self.device).expand_as(text_BLD)
+    def _sized(self, text: Conditioning, noise_BCHW: Tensor) -> Conditioning:
+        """Return the text with what SDXL is told of the picture: all of an original of the size that is painted."""
+        if not self._is_sdxl:
+            return text
+        height, width = (side * self.autoencoder.downsampling for side in noise_BCHW.shape[2:])
+        sizes_6 = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        return replace(text, time_ids_BS=sizes_6.expand(len(noise_BCHW), -1))
 
-    def refuse_mismatch(self, dataset: Path) -> None:
-        """Do nothing if the encoders are those that made the data set that the network was trained on.
+    @property
+    def _is_sdxl(self) -> bool:
+        return self.trained.config.model.addition_embed_type is not None
+
+    def refuse_mismatch(self, run: RunPaths) -> None:
+        """Do nothing if the encoders are those that made the data that the network of `run` was trained on.
 
         A data set that is no longer there (a model outlives its cache) cannot be compared: that is said aloud.
 
         Raises:
             DataError: naming each field that differs, with both values.
         """
-        if not dataset.exists():
-            logger.warning("%s is not there: encoders are used without comparing digests", dataset)
-            return
-        manifest = Manifest.load(dataset)
-        encoder, autoencoder, text_encoder = manifest.encoder, self.autoencoder, self.text_encoder
+        data = self.trained.config.data
+        known = known_datasets(data, run.latents)
+        if len(known) == max(1, len(data.mix)):
+            where = ", ".join(str(dataset.folder) for dataset in known)
+            refuse_differences(where, {"digest": (data_digest(known, data), self.trained.data_digest)})
+        for dataset in known[:1]:  # All of a mixture have one spec and one set of encoders.
+            self._refuse_other_encoders(dataset)
+            self._refuse_other_null_text(dataset)
+        for dataset in known:
+            dataset.close()
+
+    def _refuse_other_encoders(self, dataset: LatentDataset) -> None:
+        encoder, spec = dataset.manifest.encoder, dataset.spec
+        autoencoder, text_encoder = self.autoencoder, self.text_encoder
         refuse_differences(
-            dataset,
+            dataset.folder,
             {
-                "digest": (manifest.digest, self.trained.data_digest),
                 "encoder.autoencoder": (encoder["autoencoder"], autoencoder.digest),
                 "encoder.text_encoder": (encoder["text_encoder"], text_encoder.digest),
                 "encoder.tokenizer": (encoder["tokenizer"], text_encoder.tokenizer_digest),
-                "spec.scaling_factor": (manifest.spec.scaling_factor, autoencoder.scaling_factor),
-                "spec.shift_factor": (manifest.spec.shift_factor, autoencoder.shift_factor),
+                "spec.scaling_factor": (spec.scaling_factor, autoencoder.scaling_factor),
+                "spec.shift_factor": (spec.shift_factor, autoencoder.shift_factor),
             },
         )
-        self._refuse_other_null_text(dataset)
 
-    def _refuse_other_null_text(self, dataset: Path) -> None:
+    def _refuse_other_null_text(self, dataset: LatentDataset) -> None:
         """The network learned to paint without a caption from the stored null text: guidance must use the same."""
-        stored = LatentDataset(dataset).null_text()
+        stored = dataset.null_text()
         tokens_1L = self.text_encoder.tokenize([""])[0].numpy()
         if not np.array_equal(stored["tokens"].astype(np.int64), tokens_1L):
             raise DataError(
-                f"{dataset}/null/tokens.npy: is not what the text encoder makes of an empty caption"
+                f"{dataset.folder}/null/tokens.npy: is not what the text encoder makes of an empty caption"
             )
-        if "text" in stored:
-            ours = self.null_text_1LD.cpu().numpy()
-            difference = float(np.abs(stored["text"].astype(np.float32) - ours).max())
+        for name, part in (("text", self.null_text.text_BLD), ("pooled", self.null_text.pooled_BP)):
+            if name not in stored or part is None:
+                continue
+            ours = part.cpu().numpy()
+            difference = float(np.abs(stored[name].astype(np.float32) - ours).max())
             allowed = NULL_TOLERANCE[self.trained.config.encode.precision] * float(np.abs(ours).max())
             if not difference <= allowed:
                 raise DataError(
-                    f"{dataset}/null/text.npy: differs by {difference:.3g} from the text encoder's empty caption, "
+                    f"{dataset.folder}/null/{name}.npy: differs by {difference:.3g} from the text encoder's empty caption, "
                     f"at most {allowed:.3g} is rounding; encode the data set again"
                 )
 
@@ -291,11 +312,6 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def dataset_folder(config: RunConfig, run: RunPaths) -> Path:
-    """Return the latent data set of the run: the one that the config names, or the run folder's own."""
-    return Path(config.data.dataset) if config.data.dataset else run.latents
-
-
 def encoder_folders(config: RunConfig, run: RunPaths) -> tuple[Path, Path]:
     """Return the folders of the frozen autoencoder and text encoder: the config's, or those trained in the run."""
     autoencoder, text_encoder = config.encode.autoencoder, config.encode.text_encoder
@@ -305,7 +321,7 @@ def encoder_folders(config: RunConfig, run: RunPaths) -> tuple[Path, Path]:
     )
 
 
-def refuse_differences(dataset: Path, fields: dict[str, tuple[str | float, str | float]]) -> None:
+def refuse_differences(dataset: Path | str, fields: dict[str, tuple[str | float, str | float]]) -> None:
     """Do nothing if each field's (data set's value, ours) are equal.
 
     Raises:

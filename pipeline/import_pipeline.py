@@ -50,6 +50,8 @@ def import_run(wanted: WarmStartConfig, config: RunConfig, paths: RunPaths) -> l
     encode = {
         name: folder for name, folder in origin["encoders"].items() if getattr(config.encode, name) is None
     }
+    if "text_encoder" in encode and origin["text_layer"] != config.encode.text_layer:
+        encode["text_layer"] = origin["text_layer"]  # The one that its U-Net learned to read.
     if config.first_stage is not None and not wanted.optimizer:
         encode = {}  # The run trains its own.
     tree = json.loads(config.model_dump_json()) | {"warm_start": json.loads(wanted.model_dump_json())}
@@ -67,7 +69,7 @@ def import_run(wanted: WarmStartConfig, config: RunConfig, paths: RunPaths) -> l
 
 
 def _origin(path: Path, wanted: WarmStartConfig) -> dict[str, Any]:
-    """Return the source's `model`, the `encoders` beside it, its `dataset`, and what is known of its `objective`."""
+    """Return the source's `model`, `encoders`, `text_layer` and `dataset`, and what is known of its `objective`."""
     checkpoint = path if (path / "checkpoint.json").is_file() else None
     run = RunPaths(path.parent.parent if checkpoint else path)
     if checkpoint is None and committed(run.checkpoints):
@@ -82,7 +84,13 @@ def _origin(path: Path, wanted: WarmStartConfig) -> dict[str, Any]:
     }
     objective = json.loads(trained.objective.model_dump_json())
     dataset = str(dataset_folder(trained, run))
-    return {"model": trained.model, "encoders": encoders, "objective": objective, "dataset": dataset}
+    return {
+        "model": trained.model,
+        "encoders": encoders,
+        "text_layer": trained.encode.text_layer,
+        "objective": objective,
+        "dataset": dataset,
+    }
 
 
 def _of_folder(path: Path) -> dict[str, Any]:
@@ -93,7 +101,14 @@ def _of_folder(path: Path) -> dict[str, Any]:
     scheduler = path / "scheduler" / "scheduler_config.json"
     objective = _objective(read_json(scheduler)) if whole and scheduler.is_file() else {}
     encoders = {name: str(folder) for name, folder in there.items()}
-    return {"model": found.config, "encoders": encoders, "objective": objective, "dataset": None}
+    return {
+        "model": found.config,
+        "encoders": encoders,
+        # StableDiffusionXLPipeline reads the penultimate layer of both, StableDiffusionPipeline the last.
+        "text_layer": "penultimate" if "text_encoder_2" in encoders else "last",
+        "objective": objective,
+        "dataset": None,
+    }
 
 
 def _objective(scheduler: Mapping[str, Any]) -> dict[str, Any]:

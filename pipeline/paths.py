@@ -51,6 +51,21 @@ class RunPaths:
         return self.log / f"stacks-rank-{rank:05d}.txt"
 
     @property
+    def supervisor(self) -> Path:
+        """Folder of the supervisor: its attempts, bad nodes, the exit record of each rank."""
+        return self.root / "supervisor"
+
+    @property
+    def attempts(self) -> Path:
+        """One JSON line for each start of all ranks: where it began, how and why it ended."""
+        return self.supervisor / "attempts.jsonl"
+
+    @property
+    def bad_nodes(self) -> Path:
+        """Nodes that were lost, failed the preflight or hung, and when."""
+        return self.supervisor / "bad_nodes.json"
+
+    @property
     def health(self) -> Path:
         """One JSON line for each skipped step, spike and way back, with the keys of all its samples."""
         return self.root / "health.jsonl"
@@ -134,6 +149,11 @@ class RunPaths:
     def stop_file(self) -> Path:
         """A file whose presence asks the training to save and stop."""
         return self.root / "stop"
+
+    @property
+    def cancelled(self) -> Path:
+        """A file whose presence keeps a job that has stopped from going on: neither requeue nor a new job."""
+        return self.root / "cancelled"
 
 
 def dataset_places(config: RunConfig, paths: RunPaths) -> list[str]:

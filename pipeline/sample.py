@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline import publish
 from pipeline.config import RunConfig
+from pipeline.data.held_out import known_captions
 from pipeline.errors import ConfigError
-from pipeline.generate import Generator, dataset_folder
-from pipeline.latents.reader import LatentDataset
-from pipeline.paths import RunPaths
+from pipeline.generate import Generator
+from pipeline.paths import RunPaths, dataset_places
 from pipeline.progress import progress_bar
 from pipeline.tracking import open_records
 
@@ -43,7 +43,7 @@ def sample_grid(paths: RunPaths, config: RunConfig) -> Path:
     """
     sample = config.sample
     generator = Generator.load(paths, sample.weights)
-    prompts = chosen_prompts(dataset_folder(generator.trained.config, paths), config)
+    prompts = chosen_prompts(generator.trained.config, paths, config)
     pictures = []
     with progress_bar(len(prompts), "sample", unit="picture") as progress:
         for part in generator.paint_in_parts(prompts, seed=sample.seed, sample=sample):
@@ -68,24 +68,18 @@ def publish_grid(paths: RunPaths, step: int, pictures_NHWC: np.ndarray, record: 
     return grid
 
 
-def chosen_prompts(folder: Path, config: RunConfig) -> list[str]:
-    """Return the config's prompts, or else captions from all over the validation split of the data set in `folder`.
+def chosen_prompts(trained: RunConfig, paths: RunPaths, config: RunConfig) -> list[str]:
+    """Return the prompts of `config`, or else captions from all over the validation splits that `trained` names.
 
     Raises:
         ConfigError: when there are neither.
     """
     if config.sample.prompts:
         return list(config.sample.prompts)
-    captions: list[str] = []
-    if folder.exists():
-        dataset = LatentDataset(folder, "validation")
-        count = min(len(dataset), config.sample.num_prompts)
-        spread = [number * len(dataset) // count for number in range(count)]
-        captions = [dataset.read(index).record["captions"][0] for index in spread]
-        dataset.close()
+    captions = known_captions(trained.data, paths.latents, config.sample.num_prompts)
     if not captions:
         raise ConfigError(
-            f"sample.prompts: empty, and {folder} has no validation captions to take instead; "
+            f"sample.prompts: empty, and {', '.join(dataset_places(trained, paths))} has no validation captions to take instead; "
             'give prompts, for instance sample.prompts=["a red house"]'
         )
     return captions

@@ -5,13 +5,11 @@ ratio of the two aspect ratios. Source of the generated list: the aspect ratio b
 by SDXL (Podell et al. 2023, section 2.3): about equal area, sides multiples of a step.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Sequence
 
 from pipeline.errors import ConfigError
 
 Bucket = tuple[int, int]
-T = TypeVar("T")
 
 
 def generated_buckets(image_size: int, step: int, max_aspect: float) -> tuple[Bucket, ...]:
@@ -56,22 +54,3 @@ def crop_box(height: int, width: int, bucket: Bucket) -> tuple[int, int, int, in
         return (height - kept) // 2, 0, kept, width
     kept = max(1, min(width, round(height * bucket[1] / bucket[0])))
     return 0, (width - kept) // 2, height, kept
-
-
-class Batches(Generic[T]):
-    """Full batches of one shape each, in an order that the shard alone decides: the worker's waiting room."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._waiting: dict[Bucket, list[T]] = {}
-
-    def add(self, bucket: Bucket, item: T) -> list[T] | None:
-        """Take an item; return the batch that it completes, or None."""
-        waiting = self._waiting.setdefault(bucket, [])
-        waiting.append(item)
-        return self._waiting.pop(bucket) if len(waiting) == self._size else None
-
-    def rest(self) -> Iterator[list[T]]:
-        """Yield the incomplete batches, by shape, and forget them."""
-        for bucket in sorted(self._waiting):
-            yield self._waiting.pop(bucket)

@@ -41,6 +41,9 @@ ORIENTATIONS = {
 }
 SCALINGS = (8, 4, 2)
 Box = tuple[int, int, int, int]
+# Pillow's remarks on broken EXIF, odd palettes and large pictures; our own bounds are checked before decoding. Once for
+# the process: pictures are decoded in threads, and a filter set around each would be shared by all of them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,9 @@ def prepare_image(payload: bytes, rules: Rules) -> Picture | Rejection:
     if isinstance(kind, Rejection):
         return kind
     try:
-        with warnings.catch_warnings():
-            # Remarks on broken EXIF, and on large pictures: our own bound is checked below, before decoding.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(payload), formats=[kind]) as image:
-                problem = _header_problem(image, payload, rules)
-                return Rejection(problem) if problem else _picture(image, kind, rules)
+        with Image.open(io.BytesIO(payload), formats=[kind]) as image:
+            problem = _header_problem(image, payload, rules)
+            return Rejection(problem) if problem else _picture(image, kind, rules)
     except Image.DecompressionBombError:
         return Rejection("too_many_pixels")
     except UnidentifiedImageError:

@@ -28,7 +28,7 @@ from pipeline.models.pixels import pixels_from_images
 from pipeline.publish import write_bytes
 from preprocessing.filters import Rules
 from preprocessing.images import PreparedSample, png_bytes, prepare_sample
-from preprocessing.sources import list_shards
+from preprocessing.sources import SourceOptions, list_shards
 from preprocessing.verify import spaced
 
 REPORT_NAME = "report.html"
@@ -66,17 +66,19 @@ class Comparison:
         return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def write_report(out: Path, source: Path | str, autoencoder: Path) -> Path:
+def write_report(out: Path, source: Path | str, autoencoder: Path, image_column: str | None = None) -> Path:
     """Write DATASET/report.html for the finished data set in `out`, encoded from `source`; return its path.
+
+    `image_column` as in the config that it was encoded with.
 
     Raises:
         DataError: when the data set is not finished, or the autoencoder is not the one that encoded it.
     """
     decoder = FrozenAutoencoder.load(autoencoder)
-    return render_report(out, source, decoder)
+    return render_report(out, source, decoder, image_column)
 
 
-def render_report(out: Path, source: Path | str, decoder: Decoder) -> Path:
+def render_report(out: Path, source: Path | str, decoder: Decoder, image_column: str | None = None) -> Path:
     """Write the report with a loaded autoencoder; see `write_report`."""
     dataset = LatentDataset(out, "train")
     used = dataset.manifest.encoder["autoencoder"]
@@ -91,7 +93,10 @@ def render_report(out: Path, source: Path | str, decoder: Decoder) -> Path:
         ("Buckets", _buckets(dataset)),
         ("Latents", _latents(dataset)),
         ("Storage", _storage(dataset)),
-        ("Original beside decoded latent, worst first", _gallery(compare(out, source, decoder))),
+        (
+            "Original beside decoded latent, worst first",
+            _gallery(compare(out, source, decoder, image_column)),
+        ),
         ("Made with", _made_with(dataset)),
     ]
     dataset.close()
@@ -111,9 +116,12 @@ def _rows(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def compare(out: Path, source: Path | str, decoder: Decoder) -> list[Comparison]:
+def compare(
+    out: Path, source: Path | str, decoder: Decoder, image_column: str | None = None
+) -> list[Comparison]:
     """Return samples of both splits, evenly spaced, each with its original and its decoded latent; worst first."""
-    shards = {shard.stem: shard for shard in list_shards(source)}
+    options = SourceOptions(unfinished="leave_out", image_column=image_column)
+    shards = {shard.stem: shard for shard in list_shards(source, options)}
     found = []
     for split in SPLITS:
         dataset = LatentDataset(out, split)
@@ -133,9 +141,10 @@ def compare(out: Path, source: Path | str, decoder: Decoder) -> list[Comparison]
     return sorted(found, key=lambda comparison: comparison.psnr)
 
 
-def compare_with(out: Path, source: Path | str, autoencoder: Path) -> str:
+def compare_with(out: Path, source: Path | str, autoencoder: Path, image_column: str | None = None) -> str:
     """Return a line on how well the latents decode to their originals: worst, median and best PSNR."""
-    found = [comparison.psnr for comparison in compare(out, source, FrozenAutoencoder.load(autoencoder))]
+    decoder = FrozenAutoencoder.load(autoencoder)
+    found = [comparison.psnr for comparison in compare(out, source, decoder, image_column)]
     if not found:
         return f"{out}: no sample to compare with {source}"
     return (

@@ -163,3 +163,18 @@ def test_the_build_has_all_that_the_package_is_made_of() -> None:
     }
     packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert needed | packages <= copied
+
+
+def test_the_apptainer_definition_makes_the_same_image() -> None:
+    text = (ROOT / "apptainer.def").read_text()
+    (base,) = re.findall(r"BASE_IMAGE=(\S+)\n", text.split("%files")[0].split("%arguments")[1])
+    assert f"BASE_IMAGE={base}" in of(instructions(), "ARG")
+    assert text.count("From: {{ BASE_IMAGE }}") == 2
+    for line in of(stages()[0], "COPY"):
+        for source in line.split()[:-1]:
+            assert re.search(rf"^    .*\b{re.escape(source)}\b", text, re.MULTILINE), source
+    for setting in re.findall(r"(\w+)=(\S+)", " ".join(of(stages()[-1], "ENV"))):
+        assert "=".join(setting) in text
+    assert "-c constraints.txt ." in text and "--no-cache-dir" in text
+    assert "apt-get install -y --no-install-recommends tini" in text
+    assert "/usr/bin/tini -- ldm" in text

@@ -23,6 +23,8 @@ SPECS = {
     "8KB": LatentSpec("mean", 4, 8, 0.18215, 0.0, "tokens", 77, 768, None, 1),
     # CLIP-L states beside the latent: 8,192 + 118,272 + 154 bytes.
     "126KB": LatentSpec("mean", 4, 8, 0.18215, 0.0, "embeddings", 77, 768, None, 1),
+    # For a small U-Net whose text is 64 wide; the posterior is sampled anew.
+    "step": LatentSpec("moments", 4, 8, 0.18215, 0.0, "embeddings", 77, 64, None, 1),
 }
 
 

@@ -16,6 +16,11 @@ Overrides = Annotated[
 DatasetPath = Annotated[Path, typer.Argument(metavar="DATASET", help="folder of a latent data set")]
 
 
+ImageColumn = Annotated[
+    str | None, typer.Option(help="column of image bytes in parquet shards, where the config named one")
+]
+
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, e.g. runs/demo")]
 
 

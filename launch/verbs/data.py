@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.verbs.arguments import ConfigPath, DatasetPath, Overrides, configured
+from launch.verbs.arguments import ConfigPath, DatasetPath, ImageColumn, Overrides, configured
 
 app = typer.Typer()
 
@@ -25,6 +25,7 @@ def encode(config: ConfigPath, overrides: Overrides = None) -> None:
     from launch.local import run_local
     from launch.nodes import place
     from launch.status import describe_dataset
+    from launch.submit.chain import worker_of
     from pipeline.paths import autoencoder_folder, dataset_folder, text_encoder_folder
     from preprocessing.work import encode_dataset, processes_here
 
@@ -36,14 +37,15 @@ def encode(config: ConfigPath, overrides: Overrides = None) -> None:
         if code == 0:
             typer.echo(describe_dataset(out))
         raise typer.Exit(code)
+    worker, workers = worker_of(placement, os.environ)
     counts = encode_dataset(
         run,
         source=run.encode.source,
         out=out,
         autoencoder=autoencoder_folder(run, paths),
         text_encoder=text_encoder_folder(run, paths),
-        worker=placement.rank,
-        workers=placement.world_size,
+        worker=worker,
+        workers=workers,
         local_worker=placement.local_rank,
     )
     typer.echo(counts)
@@ -73,6 +75,7 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="with --decode-with: compares with the originals in this input")
     ] = None,
+    image_column: ImageColumn = None,
 ) -> None:
     """Re-read a data set: counts, checksums, shapes, finite values; list every problem.
 
@@ -90,14 +93,15 @@ def verify(
         raise DataError("\n".join(result.problems))
     typer.echo(f"{dataset}: {result.checked} samples checked, no problems")
     if source is not None and decode_with is not None:
-        typer.echo(compare_with(dataset, source, decode_with))
+        typer.echo(compare_with(dataset, source, decode_with, image_column))
 
 
 @app.command()
 def report(
     dataset: DatasetPath,
-    source: Annotated[Path, typer.Option(help="the input it was encoded from, for the originals")],
+    source: Annotated[str, typer.Option(help="the input it was encoded from, for the originals")],
     autoencoder: Annotated[Path, typer.Option(help="autoencoder folder, for the decoded latents")],
+    image_column: ImageColumn = None,
 ) -> None:
     """Write DATASET/report.html: counts, histograms, originals beside decoded latents.
 
@@ -105,4 +109,4 @@ def report(
     """
     from preprocessing.report import write_report
 
-    typer.echo(write_report(dataset, source, autoencoder))
+    typer.echo(write_report(dataset, source, autoencoder, image_column))

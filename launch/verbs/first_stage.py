@@ -9,7 +9,9 @@ app = typer.Typer()
 
 @app.command("train-autoencoder")
 def train_autoencoder(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train the KL autoencoder on the source images into RUN/autoencoder.
+    """Train the KL autoencoder on the source images into RUN/autoencoder, with report and reconstruction grid.
+
+    Run again to go on where it was cut off; on several processes under torchrun.
 
     Example: ldm train-autoencoder configs/demo.yaml
     """
@@ -23,6 +25,8 @@ def train_autoencoder(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command("train-clip")
 def train_clip(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a small CLIP on the source pairs into RUN/clip and RUN/text_encoder.
+
+    Run again to go on where it was cut off; on several processes under torchrun.
 
     Example: ldm train-clip configs/demo.yaml
     """

@@ -1,7 +1,7 @@
 """Verbs to begin with."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,31 @@ def demo(
     given = arguments or []
     named = given[:1] if given and "=" not in given[0] else []
     run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast)
+
+
+@app.command()
+def init(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="pictures with captions, img2dataset shards, parquet; or s3://"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="where NAME.yaml and NAME.html go")] = Path("."),
+    name: Annotated[str | None, typer.Option(help="of the run; default the folder's")] = None,
+    device: Annotated[
+        Literal["cpu", "gpu"] | None, typer.Option(help="to propose for; default what is here")
+    ] = None,
+    minutes: Annotated[int | None, typer.Option(min=1, help="the run may take; default 20 on a CPU")] = None,
+) -> None:
+    """Look at a folder of pictures with captions and write a config for it, with reasons, and a report.
+
+    Example: ldm init photos --minutes 60
+    """
+    from launch.init.folder import init_folder
+    from launch.init.proposal import Machine
+
+    typer.echo(init_folder(folder, out, Machine.here(device, minutes), name).words)
 
 
 @app.command()

@@ -14,15 +14,25 @@ WEIGHTS_HELP = "raw, ema, another average of the checkpoint, or a name that `ldm
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    accept_data_change: Annotated[
+        bool,
+        typer.Option(
+            "--accept-data-change", help="on other data than before, begin a new epoch where the run stands"
+        ),
+    ] = False,
+) -> None:
     """Train the U-Net with DeepSpeed ZeRO; started again, it goes on from the newest checkpoint.
 
-    Outside of a job it starts `engine.processes` processes itself; under srun or torchrun it is one rank.
+    Outside of a job it starts `engine.processes` processes itself, and again after a crash behind a newer checkpoint;
+    under srun or torchrun it is one rank.
 
     Example: ldm train configs/demo.yaml train.steps=2000
     """
     run, paths = configured(config, overrides)
-    from launch.local import run_local
+    from launch.local import train_local
     from launch.nodes import place
 
     placement = place(os.environ)
@@ -32,10 +42,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         refuse_untrainable(run, paths, str(config))
     if placement.source == "single" and run.engine.processes > 1:
         again = [sys.executable, "-m", "launch.cli", "train", str(config), *(overrides or ())]
-        raise typer.Exit(run_local(again, run.engine.processes, threads=run.engine.threads))
+        again += ["--accept-data-change"] * accept_data_change
+        raise typer.Exit(train_local(again, run.engine.processes, paths, threads=run.engine.threads))
     from launch.rank import train_rank
 
-    line = train_rank(run, paths, placement)
+    line = train_rank(run, paths, placement, accept_data_change=accept_data_change)
     if line:
         typer.echo(line)
 

@@ -10,7 +10,13 @@ from pipeline.config.data import DataConfig, MixedSet
 from pipeline.config.ema import EmaConfig
 from pipeline.config.encode import EncodeConfig, FilterRule
 from pipeline.config.engine import EngineConfig, OptimizerConfig
-from pipeline.config.first_stage import AutoencoderConfig, ClipConfig, FirstStageConfig
+from pipeline.config.first_stage import (
+    AdversarialConfig,
+    AutoencoderConfig,
+    ClipConfig,
+    FirstStageConfig,
+    PerceptualConfig,
+)
 from pipeline.config.health import HealthConfig
 from pipeline.config.model import UNetConfig
 from pipeline.config.objective import ObjectiveConfig
@@ -20,6 +26,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.config.warm_start import WarmStartConfig
 
 __all__ = [
+    "AdversarialConfig",
     "AutoencoderConfig",
     "ClipConfig",
     "ClusterConfig",
@@ -34,6 +41,7 @@ __all__ = [
     "MixedSet",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PerceptualConfig",
     "RunConfig",
     "SampleConfig",
     "TrackingConfig",

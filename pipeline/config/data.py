@@ -42,7 +42,8 @@ class DataConfig(Section):
         "sample as it is read (about 30 us for 126 KB)",
     )
     on_bad_sample: Literal["stop", "substitute"] = Field(
-        "stop", description="substitute: another sample of the same shape takes its place, and is logged"
+        "stop",
+        description="substitute: another sample of the same shape takes its place; logged, and kept in checkpoints",
     )
     flip: bool = Field(
         False, description="mirror every second latent; an approximation, since encoders are not symmetric"

@@ -7,6 +7,36 @@ from pydantic import Field, model_validator
 from pipeline.config.base import Count, Positive, Section
 
 
+class PerceptualConfig(Section):
+    """The distance in the features of a frozen network, as a term of the autoencoder's loss."""
+
+    weight: float = Field(
+        0.0, ge=0.0, description="against L1 (LDM: 1.0); 0 = off: no network is trained or read"
+    )
+    network: str | None = Field(
+        None,
+        description="local folder of a feature network (docs/first_stage.md says its layout); null = one is trained "
+        "here, to tell the pictures apart",
+    )
+    width: Positive = Field(32, description="channels of the first of three halvings; the others double it")
+    batch: Positive = Field(64, description="pictures a step, two views each")
+    steps: Positive = Field(300, description="optimizer steps of the network trained here")
+
+
+class AdversarialConfig(Section):
+    """A patch discriminator, as a term of the autoencoder's loss."""
+
+    weight: float = Field(
+        0.0, ge=0.0, description="times the ratio of the gradients at the last layer (LDM: 0.5); 0 = off"
+    )
+    start: Count = Field(
+        1000, description="steps before the discriminator learns and counts (LDM: 50001 steps of batch 12)"
+    )
+    width: Positive = Field(32, description="channels of the first halving; the others double it (LDM: 64)")
+    layers: Positive = Field(3, description="halvings: 3 = patches of 46 pixels")
+    learning_rate: float = Field(5e-4, gt=0.0, description="AdamW of the discriminator, same schedule")
+
+
 class AutoencoderConfig(Section):
     """The first stage: a KL autoencoder trained on the source images, then frozen."""
 
@@ -18,6 +48,22 @@ class AutoencoderConfig(Section):
     norm_num_groups: Positive = Field(32, description="groups of GroupNorm")
     mid_block_attention: bool = Field(True, description="self-attention at the lowest resolution")
     kl_weight: float = Field(1e-6, ge=0.0, description="weight of the KL term against L1 (LDM: 1e-6)")
+    gradient_weight: float = Field(
+        0.0, ge=0.0, description="weight of the L1 between pixel differences against L1: edges"
+    )
+    perceptual: PerceptualConfig = Field(
+        default_factory=PerceptualConfig, description="distance in the features of a network"
+    )
+    adversarial: AdversarialConfig = Field(
+        default_factory=AdversarialConfig, description="patch discriminator"
+    )
+    crop: Positive | None = Field(
+        None,
+        description="pixels of the random square that a step sees of a picture; null = the whole picture",
+    )
+    ema_decay: float = Field(
+        0.999, ge=0.0, lt=1.0, description="of the published weights' average, after a ramp; 0 = off"
+    )
     learning_rate: float = Field(1e-3, gt=0.0, description="AdamW, cosine to zero")
     batch: Positive = Field(8, description="images a step over all processes")
     steps: Positive = Field(description="optimizer steps")
@@ -31,6 +77,12 @@ class AutoencoderConfig(Section):
     def downsampling(self) -> int:
         """Pixels of the image side per latent side."""
         return int(2 ** (len(self.block_out_channels) - 1))
+
+    @model_validator(mode="after")
+    def _crop_is_whole_latents(self) -> Self:
+        if self.crop is not None and self.crop % self.downsampling:
+            raise ValueError(f"crop {self.crop} is not a multiple of the downsampling {self.downsampling}")
+        return self
 
 
 class ClipConfig(Section):

@@ -44,7 +44,30 @@ class HealthConfig(Section):
         description="how long a rank waits for the others before it gives up and names the silent one",
     )
     hang_seconds: float = Field(
-        600.0,
+        300.0,
         gt=0.0,
-        description="a step that lasts longer writes the stacks of all threads to the log folder",
+        description="a step that lasts longer writes the stacks of all threads to the log folder; under Slurm the "
+        "guilty rank is then named, all are killed and started again",
+    )
+    start_seconds: float = Field(
+        1800.0,
+        gt=0.0,
+        description="the same for the start: imports, meeting, loading, the first step with what it compiles",
+    )
+    save_seconds: float = Field(1800.0, gt=0.0, description="the same for a save")
+    evaluate_seconds: float = Field(3600.0, gt=0.0, description="the same for an evaluation and its samples")
+    restarts_without_progress: Count = Field(
+        2,
+        description="starts after a crash, hang or lost node with no newer checkpoint since; then the run ends "
+        "with exit code 6",
+    )
+    allreduce_gib_per_second: float = Field(
+        0.0,
+        ge=0.0,
+        description="expected of the network before the first step, below it is told; 0 = unknown",
+    )
+    on_event: tuple[str, ...] = Field(
+        (),
+        description="program and arguments run without a shell when a job is done, failed, stuck or requeued; the "
+        "event, the run folder and a line about it come last",
     )

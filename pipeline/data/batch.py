@@ -39,6 +39,8 @@ class LatentBatch:
     time_ids: Tensor | None = None
     """float32 [b, 6] beside `pooled`: original height and width, top and left of the crop, height and width (SDXL).
 
+    None where the data set does not record them.
+
     The crop is given in pixels of the picture after resizing, as SDXL (Podell et al. 2023, section 2.2) defines it.
     """
 

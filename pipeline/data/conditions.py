@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion import draws
+from pipeline.errors import DataError
 from pipeline.latents.spec import Bucket
 
 
@@ -45,3 +46,17 @@ def time_ids(records: Sequence[Mapping[str, Any]], bucket: Bucket, flipped: np.n
         corner = (top * height / crop_height, left * width / crop_width)
         rows.append([record["original_height"], record["original_width"], *corner, height, width])
     return torch.tensor(rows, dtype=torch.float32)
+
+
+def require_sizes(time_ids_B6: Tensor | None) -> Tensor:
+    """Return the sizes of a batch.
+
+    Raises:
+        DataError: the data set does not record them.
+    """
+    if time_ids_B6 is None:
+        raise DataError(
+            "the json of the data set's samples has no original_height or crop, which model.addition_embed_type "
+            "'text_time' (SDXL) takes; encode the data set again with `ldm encode`"
+        )
+    return time_ids_B6

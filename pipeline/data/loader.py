@@ -97,9 +97,13 @@ class LatentLoader:
         return dict(self._substitutes.taken)
 
     def resume(self, origin: int, substituted: Mapping[int, int]) -> None:
-        """Take up what a checkpoint says, before `steps`: see the arguments of the same names."""
+        """Take up what a checkpoint says, before `steps`: see the arguments of the same names.
+
+        What this process has substituted itself since stays, unless its epochs now begin elsewhere.
+        """
+        own = self._substitutes.taken if origin == self.order.origin else {}
         self.order.origin = origin
-        self._substitutes.taken = dict(substituted)
+        self._substitutes.taken = {**own, **substituted}
 
     def steps(self, consumed: int) -> Iterator[tuple[LatentBatch, ...]]:
         """Yield the micro-batches of each step from `consumed` samples on; closing the iterator ends its threads.

@@ -206,6 +206,17 @@ class Mixture:
             for number, dataset in enumerate(self.sets)
         ]
 
+    def figures(self, consumed: int) -> dict[str, float]:
+        """Return what a record says of `report`: the epochs, and of several sets also the share, numbered as in `data.mix`."""
+        told = self.report(consumed)
+        if len(told) == 1:
+            return {"data_epochs": told[0]["epochs"]}
+        return {
+            f"data_{name}/{number}": one[name]
+            for number, one in enumerate(told)
+            for name in ("share", "epochs")
+        }
+
     @property
     def spec(self) -> LatentSpec:
         """The spec that all sets have."""

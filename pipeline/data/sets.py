@@ -3,16 +3,14 @@
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.config import DataConfig
 from pipeline.data.cache import NodeCache
 from pipeline.data.remote import RemoteShards, copy_tables
-from pipeline.errors import DataError
+from pipeline.latents.manifest import MANIFEST_NAME
 from pipeline.latents.reader import LatentDataset
-from pipeline.publish import json_digest
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +24,29 @@ def open_datasets(
         DataError: a data set is missing, damaged or not finished.
         OSError: a store does not answer.
     """
-    places = [entry.dataset for entry in data.mix] or [data.dataset or str(default)]
+    places = _places(data, default)
     return [open_dataset(place, data, split, rank=rank, world_size=world_size) for place in places]
+
+
+def known_datasets(data: DataConfig, default: Path, split: str = "train") -> list[LatentDataset]:
+    """Return those of `open_datasets` that are still there, and say aloud which are not: a model outlives its data.
+
+    Raises:
+        DataError: a data set is there and damaged.
+        OSError: a store does not answer.
+    """
+    found = []
+    for place in _places(data, default):
+        remote = storage.is_remote(place)
+        if storage.exists(storage.join(place, MANIFEST_NAME)) if remote else Path(place).exists():
+            found.append(open_dataset(place, data, split))
+        else:
+            logger.warning("%s is not there: nothing can be taken from it or compared with it", place)
+    return found
+
+
+def _places(data: DataConfig, default: Path) -> list[str]:
+    return [entry.dataset for entry in data.mix] or [data.dataset or str(default)]
 
 
 def open_dataset(
@@ -46,33 +65,3 @@ def open_dataset(
 def cache_folder(data: DataConfig) -> Path:
     """Return the folder of this node for what comes from stores; users do not share one unless they say so."""
     return Path(data.cache or Path(tempfile.gettempdir()) / f"ldm-cache-{os.getuid()}")
-
-
-def data_origin(before: str, now: str, origin: int, consumed: int, *, accept_change: bool) -> int:
-    """Return the position of the run at which the first epoch of its data begins, for a resume at `consumed`.
-
-    `before` is the data digest in the checkpoint, `now` that of the config's data, `origin` what the checkpoint
-    recorded. A change that is accepted starts a new epoch where the run stands; samples seen before may come again.
-
-    Raises:
-        DataError: the data is another, and that was not accepted.
-    """
-    if before == now:
-        return origin
-    if not accept_change:
-        raise DataError(
-            f"the checkpoint was trained on the data set {before[:16]}, the config's is {now[:16]}; give back the old "
-            "one, use another run name, or start a new epoch of the new one with --accept-data-change"
-        )
-    logger.warning(
-        "data changed from %s to %s: a new epoch starts at position %d", before[:16], now[:16], consumed
-    )
-    return consumed
-
-
-def data_digest(sets: Sequence[LatentDataset], data: DataConfig) -> str:
-    """Return what says that two runs read the same: the manifest's digest, or one over all sets and weights."""
-    if len(sets) == 1:
-        return sets[0].manifest.digest
-    weights = [entry.weight for entry in data.mix]
-    return json_digest([[dataset.manifest.digest for dataset in sets], weights])

@@ -4,12 +4,22 @@ import torch
 from torch import Tensor
 
 from pipeline.config import SampleConfig
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.objective import Network
 
 
-def drop_captions(text_BLD: Tensor, null_text_1LD: Tensor, dropped_B: Tensor) -> Tensor:
-    """Return the text states with those of dropped captions replaced by the null text, [B, L, D]."""
-    return torch.where(dropped_B.view(-1, 1, 1), null_text_1LD.to(text_BLD.dtype), text_BLD)
+def drop_captions(conditions: Conditioning, null_text: Conditioning, dropped_B: Tensor) -> Conditioning:
+    """Return the conditions with the states and pooled text of dropped captions replaced by those of the null text.
+
+    Both go together, since guidance will lead away from both; the sizes say nothing of the caption and stay.
+    """
+    dropped_B1 = dropped_B.unsqueeze(-1)
+    text_BLD, pooled_BP = conditions.text_BLD, conditions.pooled_BP
+    text_BLD = torch.where(dropped_B1.unsqueeze(-1), null_text.text_BLD.to(text_BLD.dtype), text_BLD)
+    if pooled_BP is not None:
+        assert null_text.pooled_BP is not None
+        pooled_BP = torch.where(dropped_B1, null_text.pooled_BP.to(pooled_BP.dtype), pooled_BP)
+    return Conditioning(text_BLD, pooled_BP, conditions.time_ids_BS)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
@@ -41,10 +51,12 @@ class GuidedNetwork:
     Source: Ho & Salimans 2022, algorithm 2; Kynkäänniemi et al. 2024 for the interval.
     """
 
-    def __init__(self, network: Network, text_BLD: Tensor, away_BLD: Tensor, sample: SampleConfig) -> None:
-        """Guide towards `text_BLD` and away from `away_BLD`, the null text or a negative prompt."""
-        self._network, self._text_BLD, self._away_BLD = network, text_BLD, away_BLD
-        self._both = torch.cat([away_BLD, text_BLD])
+    def __init__(
+        self, network: Network, towards: Conditioning, away: Conditioning, sample: SampleConfig
+    ) -> None:
+        """Guide towards the prompts and `away` from the null text or a negative prompt."""
+        self._network, self._towards, self._away = network, towards, away
+        self._both = away.followed_by(towards)
         self._scale, self._rescale = sample.guidance_scale, sample.guidance_rescale
         self._low, self._high = sample.guidance_interval
 
@@ -52,10 +64,10 @@ class GuidedNetwork:
         """Return the prediction [B, C, H, W] at `time`, which is the share t / T of the schedule."""
         scale = self._scale if self._low <= share <= self._high else 1.0
         if scale in (0.0, 1.0):
-            return self._predict(z_BCHW, time, self._text_BLD if scale else self._away_BLD)
+            return self._predict(z_BCHW, time, self._towards if scale else self._away)
         unconditional, conditional = self._predict(z_BCHW.repeat(2, 1, 1, 1), time, self._both).chunk(2)
         guided = guide(unconditional, conditional, scale)
         return rescale(guided, conditional, self._rescale) if self._rescale else guided
 
-    def _predict(self, z_BCHW: Tensor, time: Tensor, text_BLD: Tensor) -> Tensor:
-        return self._network(z_BCHW, time.to(z_BCHW.device).expand(len(z_BCHW)), text_BLD)
+    def _predict(self, z_BCHW: Tensor, time: Tensor, conditions: Conditioning) -> Tensor:
+        return self._network(z_BCHW, time.to(z_BCHW.device).expand(len(z_BCHW)), *conditions.inputs)

@@ -1,6 +1,7 @@
 """What the network is trained to say, and how far off it is: E || target - network(z_t, t, tau(y)) ||^2.
 
-Shape letters: B batch, C channels, H W latent height and width, L text tokens, D text width.
+Shape letters: B batch, C channels, H W latent height and width, L text tokens, D text width, P width of pooled
+text, S sizes.
 """
 
 from typing import Protocol
@@ -8,15 +9,16 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.config import ObjectiveConfig
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.schedule import Schedule, add_noise, per_sample
 from pipeline.diffusion.weighting import Prediction, loss_weight
 
 
 class Network(Protocol):
-    """The denoiser: (z_t [B, C, H, W], times [B], text [B, L, D]) -> prediction [B, C, H, W]."""
+    """The denoiser: (z_t [B, C, H, W], times [B], conditions) -> prediction [B, C, H, W]."""
 
-    def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
-        """Return the prediction for noisy latents."""
+    def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor, /, *conditions: Tensor) -> Tensor:
+        """Return the prediction for noisy latents under `Conditioning.inputs`."""
         ...
 
 
@@ -59,7 +61,7 @@ def per_sample_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
 def denoising_loss(
     network: Network,
     x0_BCHW: Tensor,
-    text_BLD: Tensor,
+    conditions: Conditioning,
     noise_BCHW: Tensor,
     timesteps_B: Tensor,
     schedule: Schedule,
@@ -75,7 +77,7 @@ def denoising_loss(
     alpha_B, sigma_B = schedule.alpha_sigma(timesteps_B)
     mixed_BCHW = noise_BCHW if input_noise_BCHW is None else input_noise_BCHW
     z_BCHW = add_noise(x0_BCHW, mixed_BCHW, alpha_B, sigma_B)
-    predicted_BCHW = network(z_BCHW, schedule.times[timesteps_B], text_BLD)
+    predicted_BCHW = network(z_BCHW, schedule.times[timesteps_B], *conditions.inputs)
     return per_sample_loss(predicted_BCHW, target(prediction, x0_BCHW, noise_BCHW, alpha_B, sigma_B))
 
 

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.config import ClipConfig, RunConfig
 from pipeline.errors import ConfigError
-from pipeline.first_stage import resume
-from pipeline.first_stage.loop import Recipe, Stage, StepLoss, fit, start_accelerator
+from pipeline.first_stage.contrastive import gathered_loss
+from pipeline.first_stage.loop import train_once
 from pipeline.first_stage.measure import MEASURE_BATCH, retrieval
 from pipeline.first_stage.pairs import DistinctOrder, PairTable, PreparedPair, read_pairs, share
+from pipeline.first_stage.stage import Learner, Parts, Recipe, Stage, open_stage
 from pipeline.models.pixels import images_from_pixels
 from pipeline.models.text_encoder import (
     CLIPModel,
@@ -64,38 +63,23 @@ def train_clip(config: RunConfig, pairs: Sequence[PreparedPair], paths: RunPaths
     tokenizer = train_tokenizer(
         [table.captions[place] for place in table.train], section.vocabulary, section.max_tokens
     )
-    stage = Stage(
-        config=config,
-        paths=paths,
-        accelerator=start_accelerator(section.batch, "first_stage.clip.batch"),
-        recipe=_recipe(section),
-        settings={
+    stage = open_stage(
+        config,
+        paths,
+        Recipe.paced(KIND, section, betas=(0.9, 0.98), weight_decay=0.1, clip_grad_norm=1.0),
+        {
             **section.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}),
-            "image_size": config.encode.image_size,
-            "seed": config.seed,
             "pairs": table.digest,
             "tokenizer": tokenizer_digest(tokenizer),
         },
     )
-    finished = [
-        resume.is_finished(folder, REPORT, stage.settings) for folder in (paths.clip, paths.text_encoder)
-    ]
-    if not all(finished):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = build_clip(section, config.encode.image_size, tokenizer)
-        noted = fit(
-            stage,
-            ClipTowers(model),
-            _step_loss(stage, section, table, tokenizer),
-            lambda: clamp_temperature(model),
-        )
-        if stage.accelerator.is_main_process:
-            _publish(stage, model.eval(), tokenizer, table, noted)
-    if stage.accelerator.is_main_process:
-        resume.clear(stage.checkpoints, paths.clip)
-        resume.clear(stage.checkpoints, paths.text_encoder)
-    stage.accelerator.wait_for_everyone()
+    train_once(
+        stage,
+        [paths.clip, paths.text_encoder],
+        REPORT,
+        lambda: ClipTrainee(stage, section, table, tokenizer),
+        lambda trained, noted: _publish(stage, trained.model.eval(), tokenizer, table, noted),
+    )
     return paths.clip
 
 
@@ -112,76 +96,50 @@ class ClipTowers(nn.Module):
         return found.image_embeds, found.text_embeds, self.model.logit_scale.exp()
 
 
-def contrastive_loss(image_GD: Tensor, text_GD: Tensor, scale: Tensor, caption_ids_G: Tensor) -> Tensor:
-    """Return the symmetric cross-entropy, a scalar: each picture's own caption among all, and the reverse.
-
-    Other pairs with an equal caption are neither right nor wrong: they are left out of the softmax.
-    Source: Radford et al. 2021, figure 3.
-    """
-    logits_GG = scale * text_GD @ image_GD.T
-    same_GG = caption_ids_G[:, None] == caption_ids_G[None, :]
-    same_GG.fill_diagonal_(False)
-    logits_GG = logits_GG.masked_fill(same_GG, -math.inf)
-    own_G = torch.arange(len(logits_GG), device=logits_GG.device)
-    return 0.5 * (functional.cross_entropy(logits_GG, own_G) + functional.cross_entropy(logits_GG.T, own_G))
-
-
-def with_others(accelerator: Accelerator, own_BD: Tensor) -> Tensor:
-    """Return the global batch's rows [G, D]: the other processes' as constants, our own with their gradient.
-
-    Every process computes the whole loss, so the gradients that reach the processes' own rows add up to the
-    exact gradient: no collective needs a backward of its own.
-    """
-    if accelerator.num_processes == 1:
-        return own_BD
-    rows = list(accelerator.gather(own_BD.detach()).chunk(accelerator.num_processes))
-    rows[accelerator.process_index] = own_BD
-    return torch.cat(rows)
-
-
 def clamp_temperature(model: CLIPModel) -> None:
     """Keep the learnt factor exp(logit_scale) in [1, 100]."""
     with torch.no_grad():
         model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
-def _recipe(section: ClipConfig) -> Recipe:
-    return Recipe(
-        kind=KIND,
-        batch=section.batch,
-        steps=section.steps,
-        warmup_steps=section.warmup_steps,
-        learning_rate=section.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.1,
-        clip_grad_norm=1.0,
-        checkpoint_every=section.checkpoint_every,
-        log_every=section.log_every,
-    )
+class ClipTrainee:
+    """A CLIP under AdamW: the loss over the global batch, with the gradient of this process's share."""
 
+    def __init__(self, stage: Stage, section: ClipConfig, table: PairTable, tokenizer: CLIPTokenizer) -> None:
+        """Draw the towers from torch's generator."""
+        self._stage, self._section, self._table, self._tokenizer = stage, section, table, tokenizer
+        self.model = build_clip(section, stage.config.encode.image_size, tokenizer)
+        self._learner = Learner(stage, ClipTowers(self.model))
+        seed = stage.config.seed
+        self._order = DistinctOrder(table.train, table.caption_ids, batch=section.batch, seed=seed)
 
-def _step_loss(stage: Stage, section: ClipConfig, table: PairTable, tokenizer: CLIPTokenizer) -> StepLoss:
-    """Return step -> the loss over the global batch, with the gradient of this process's share."""
-    accelerator = stage.accelerator
-    processes, device = accelerator.num_processes, accelerator.device
-    order = DistinctOrder(table.train, table.caption_ids, batch=section.batch, seed=stage.config.seed)
-
-    def loss(network: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        places = order.batch(step)
-        mine = places[share(places, accelerator.process_index, processes)]
-        tokens_BL, _ = tokenize(tokenizer, [table.captions[place] for place in mine], section.max_tokens)
+    def step(self, step: int, *, measured: bool) -> dict[str, Tensor]:
+        """Take step `step`; there is nothing more to measure at a record."""
+        accelerator, table = self._stage.accelerator, self._table
+        places = self._order.batch(step)
+        mine = places[share(places, accelerator.process_index, accelerator.num_processes)]
+        captions = [table.captions[place] for place in mine]
+        tokens_BL, _ = tokenize(self._tokenizer, captions, self._section.max_tokens)
         images_BCHW = images_from_pixels(table.pixels(mine))
-        image_BD, text_BD, scale = network(images_BCHW.to(device), tokens_BL.to(device))
-        # The temperature is in every process's loss: a share of its gradient each, at its full value.
-        shared_scale = scale.detach() + (scale - scale.detach()) / processes
+        device = accelerator.device
+        image_BD, text_BD, scale = self._learner.wrapped(images_BCHW.to(device), tokens_BL.to(device))
         ids_G = torch.from_numpy(table.caption_ids[places]).to(device)
-        total = contrastive_loss(
-            with_others(accelerator, image_BD), with_others(accelerator, text_BD), shared_scale, ids_G
-        )
-        # Gradients are averaged over the processes; the factor makes it the sum that the loss is owed.
-        return total * processes, {"loss": total, "logit_scale": scale}
+        loss = gathered_loss(accelerator, image_BD, text_BD, scale, ids_G)
+        grad_norm = self._learner.learn(loss * accelerator.num_processes, step)
+        clamp_temperature(self.model)
+        return {"loss": loss.detach(), "logit_scale": scale.detach(), "grad_norm": grad_norm}
 
-    return loss
+    def parts(self) -> Parts:
+        """Return weights and AdamW state."""
+        return self._learner.parts()
+
+    def restore(self, parts: Parts) -> None:
+        """Lay them in."""
+        self._learner.restore(parts)
+
+    def collapse(self, shown: dict[str, float]) -> str | None:
+        """Return None: a contrastive loss that learns nothing stays at ln(batch), which its record says."""
+        return None
 
 
 @torch.no_grad()

@@ -1,153 +1,127 @@
-"""The training loop that both first-stage models share: accelerate, AdamW, warm-up and cosine, resume to the bit.
+"""The training loop that all first-stage models share: records, checkpoints, resume to the bit, collapse.
 
-A step is a pure function of (weights, AdamW state, seed, step): learning rate, batch, flips and noise are
-computed from the step, so a checkpoint holds tensors and nothing else. `accelerate` moves the model to the
-device and averages gradients over the processes that a launcher started; alone, it does nothing.
+A step is a pure function of (tensors, seed, step): learning rate, batch, flips and noise are computed from the step,
+so a checkpoint holds tensors and nothing else.
 """
 
 import math
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.config import RunConfig
-from pipeline.errors import CheckpointError, ConfigError, DivergedError
+from pipeline.errors import CheckpointError, DivergedError
 from pipeline.first_stage import resume
-from pipeline.paths import RunPaths
+from pipeline.first_stage.stage import Parts, Stage, learning_rate_factor
 from pipeline.progress import Progress, progress_bar
 from pipeline.publish import remove_temporaries
 from pipeline.tracking import NoRecords, Records, open_records
 
-# (network, step from 0) -> the scalar handed to backward on this process, and scalars to record.
-StepLoss = Callable[[nn.Module, int], tuple[Tensor, dict[str, Tensor]]]
+Model = TypeVar("Model", bound="Trainee")
+PATIENCE = 5
+"""Records in a row that must look collapsed before the training ends."""
+_SUSPECT = "collapsed_records"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of one first-stage training."""
+class Trainee(Protocol):
+    """What is trained: a step at a time, with all its state in named tensors."""
 
-    kind: str
-    batch: int
-    steps: int
-    warmup_steps: int
-    learning_rate: float
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_grad_norm: float
-    checkpoint_every: int
-    log_every: int
+    def step(self, step: int, *, measured: bool) -> dict[str, Tensor]:
+        """Take step `step` (from 0) and return scalars to record, `loss` among them; all of them if `measured`."""
 
+    def parts(self) -> Parts:
+        """Return everything that the next step depends on."""
 
-@dataclass(frozen=True)
-class Stage:
-    """One first-stage training of one run: where it writes, on what it runs, and what makes it this training."""
+    def restore(self, parts: Parts) -> None:
+        """Lay saved parts in, bit for bit."""
 
-    config: RunConfig
-    paths: RunPaths
-    accelerator: Accelerator
-    recipe: Recipe
-    settings: dict[str, Any]
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the resumable checkpoints; gone once the model is published."""
-        return checkpoint_folder(self.paths, self.recipe.kind)
+    def collapse(self, shown: dict[str, float]) -> str | None:
+        """Return what has collapsed and what to do, judged by one record, or None."""
 
 
-def checkpoint_folder(paths: RunPaths, kind: str) -> Path:
-    """Return where the first stage `kind` (`autoencoder` or `clip`) keeps its resumable checkpoints."""
-    return paths.root / "first_stage" / kind
+def train_once(
+    stage: Stage,
+    folders: Sequence[Path],
+    report: str,
+    make: Callable[[], Model],
+    publish: Callable[[Model, dict[str, float]], None],
+) -> None:
+    """Leave `folders` trained: at once if their `report` says that they are, else by training what is left to do.
 
-
-def start_accelerator(batch: int, setting: str) -> Accelerator:
-    """Return accelerate's view of the processes that a launcher started (RANK, WORLD_SIZE, ...), or of one.
-
-    Precision is not handed to it: its state is one a process, and both trainings may run in the same process.
+    `make` draws from torch's generator, seeded for it; `publish` runs on the main process with what the loop noted.
 
     Raises:
-        ConfigError: when the processes do not divide `batch`, the value of `setting`.
+        ConfigError: when the folders or the checkpoints belong to others.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    if batch % accelerator.num_processes:
-        raise ConfigError(
-            f"{setting} {batch} is not a multiple of the {accelerator.num_processes} processes: every process "
-            f"takes an equal share; change one of them"
-        )
-    return accelerator
+    finished = [resume.is_finished(folder, report, stage.settings) for folder in folders]
+    if not all(finished):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stage.config.seed)
+            trainee = make()
+        noted = fit(stage, trainee)
+        if stage.accelerator.is_main_process:
+            publish(trainee, noted)
+    if stage.accelerator.is_main_process:
+        for folder in folders:
+            resume.clear(stage.checkpoints, folder)
+    stage.accelerator.wait_for_everyone()
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Return the learning rate of step `step` (from 0): linear warm-up, then a half cosine that ends near zero."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    through = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * through))
+def fit(stage: Stage, trainee: Trainee) -> dict[str, float]:
+    """Train to the recipe's last step and return `first_loss` and `last_loss`.
 
-
-def fit(
-    stage: Stage, network: nn.Module, step_loss: StepLoss, after_update: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Train `network` in place to the recipe's last step and return `first_loss` and `last_loss`.
-
-    Goes on from the newest checkpoint that verifies. `after_update` is called after every optimizer step.
+    Goes on from the newest checkpoint that verifies.
 
     Raises:
-        DivergedError: when the loss or the gradient is no longer finite; nothing not finite is ever saved.
+        DivergedError: when a recorded value is no longer finite, or the model has collapsed for five records in a
+            row; nothing not finite is ever saved.
         CheckpointError: when there are checkpoints and none verifies.
         ConfigError: when the checkpoints belong to other settings.
     """
-    accelerator, recipe = stage.accelerator, stage.recipe
-    network.to(accelerator.device)
-    optimizer = _adamw(network, recipe)
-    start, noted = _resume(stage, network, optimizer)
-    prepared, stepper = accelerator.prepare(network, optimizer)
-    prepared.train()
+    recipe = stage.recipe
+    start, noted = _resume(stage, trainee)
     with _deterministic(), _records(stage, start) as records, _progress(stage, start) as progress:
         for step in range(start, recipe.steps):
-            objective, values = step_loss(prepared, step)
-            accelerator.backward(objective)
-            grad_norm = accelerator.clip_grad_norm_(prepared.parameters(), recipe.clip_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
-            stepper.step()
-            stepper.zero_grad()
-            after_update()
             done = step + 1
             saves = done % recipe.checkpoint_every == 0 or done == recipe.steps
+            logs = saves or step == 0 or done % recipe.log_every == 0
+            values = trainee.step(step, measured=logs)
             shown = {}
-            if saves or step == 0 or done % recipe.log_every == 0:
-                shown = _global_values(stage, step, {**values, "grad_norm": grad_norm})
-                noted = {"first_loss": shown["loss"], **noted, "last_loss": shown["loss"]}
-                records.log(
-                    done, {**shown, "learning_rate": learning_rate(recipe, step)}, samples=done * recipe.batch
-                )
+            if logs:
+                shown = _global_values(stage, step, values)
+                suspect = _suspect(stage, trainee, step, shown, noted)
+                noted = {
+                    "first_loss": shown["loss"],
+                    **noted,
+                    "last_loss": shown["loss"],
+                    _SUSPECT: suspect,
+                }
+                rate = recipe.learning_rate * learning_rate_factor(recipe, step)
+                records.log(done, {**shown, "learning_rate": rate}, samples=done * recipe.batch)
             if saves:
-                _save(stage, done, network, optimizer, noted)
+                _save(stage, done, trainee, noted)
             progress.advance(1, **({"loss": shown["loss"]} if shown else {}))
-    return noted
+    return {name: value for name, value in noted.items() if name != _SUSPECT}
 
 
-def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW over two groups: matrices and kernels decay, biases and norms do not."""
-    parameters = list(network.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=fused)
+def _suspect(
+    stage: Stage, trainee: Trainee, step: int, shown: dict[str, float], noted: dict[str, float]
+) -> float:
+    """Return how many records in a row looked collapsed; the warm-up is not judged."""
+    found = trainee.collapse(shown) if step >= stage.recipe.warmup_steps else None
+    suspect = noted.get(_SUSPECT, 0.0) + 1.0 if found else 0.0
+    if suspect >= PATIENCE:
+        raise DivergedError(
+            f"{stage.recipe.kind}, step {step + 1}: {found} (so for {PATIENCE} records in a row)"
+        )
+    return suspect
 
 
-def _resume(
-    stage: Stage, network: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, float]]:
+def _resume(stage: Stage, trainee: Trainee) -> tuple[int, dict[str, float]]:
     """Lay the newest verified checkpoint in; return its step and notes, or 0 and none."""
     if stage.accelerator.is_main_process:
         remove_temporaries(stage.checkpoints)
@@ -162,16 +136,14 @@ def _resume(
     if saved is None:
         return 0, {}
     resume.require_equal_settings(saved.settings, stage.settings, saved.path, str(stage.checkpoints))
-    resume.restore(saved, network, optimizer)
+    trainee.restore(resume.load(saved))
     return step, dict(saved.noted)
 
 
-def _save(
-    stage: Stage, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, noted: dict[str, float]
-) -> None:
+def _save(stage: Stage, step: int, trainee: Trainee, noted: dict[str, float]) -> None:
     if stage.accelerator.is_main_process:
         about = {"settings": stage.settings, "noted": noted}
-        resume.save(stage.checkpoints, step, network, optimizer, about)
+        resume.save(stage.checkpoints, step, trainee.parts(), about)
     stage.accelerator.wait_for_everyone()
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 from pipeline.publish import json_digest
 
 # One stream of random numbers for each purpose; the numbers are part of every trained model's identity.
-ORDER, FLIP, POSTERIOR = 1, 2, 3
+ORDER, FLIP, POSTERIOR, CROP, VIEWS = 1, 2, 3, 4, 5
 _WORD = 2**64
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a first-stage training: weights and AdamW state as safetensors, whole or not at all.
+"""Checkpoints of a first-stage training: named parts as safetensors, whole or not at all.
 
-`step-XXXXXXXX/{model,optimizer}.safetensors` and `checkpoint.json` with the size and digest of both; the newest
-that verifies is resumed, a damaged one is named and passed over. No pickle: AdamW's state is laid out flat as
-`NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step` for each parameter NAME.
+`step-XXXXXXXX/PART.safetensors` (`model`, `optimizer`, `average`, `discriminator_model`, ...) and `checkpoint.json`
+with the size and digest of each; the newest that verifies is resumed, a damaged one is named and passed over. No
+pickle: AdamW's state is laid out flat as `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step` for each parameter NAME.
 """
 
 import json
@@ -22,9 +22,9 @@ from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.model_folder import read_json
 from pipeline.publish import TEMPORARY_MARK, file_digest, json_digest, whole_folder, write_json
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
-MANIFEST, MODEL, OPTIMIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors"
+MANIFEST, SUFFIX = "checkpoint.json", ".safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -39,17 +39,16 @@ class Saved:
 
 
 def save(
-    folder: Path, step: int, network: nn.Module, optimizer: Optimizer, about: Mapping[str, Mapping[str, Any]]
+    folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Mapping[str, Any]]
 ) -> Path:
     """Publish `folder/step-XXXXXXXX` and remove all but the newest two; `about` has `settings` and `noted`."""
     path = folder / f"step-{step:08d}"
     with whole_folder(path) as beside:
-        save_file(_plain(network.state_dict()), beside / MODEL)
-        save_file(_optimizer_tensors(network, optimizer), beside / OPTIMIZER)
-        files = {
-            name: {"bytes": (beside / name).stat().st_size, "sha256": file_digest(beside / name)}
-            for name in (MODEL, OPTIMIZER)
-        }
+        files = {}
+        for part, tensors in parts.items():
+            file = beside / f"{part}{SUFFIX}"
+            save_file(_plain(tensors), file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
         manifest = {"format": FORMAT, "step": step, "files": files, **about}
         write_json(beside / MANIFEST, {**manifest, "digest": json_digest(manifest)})
     _prune(folder, path)
@@ -77,18 +76,31 @@ def newest(folder: Path) -> Saved | None:
     return None
 
 
-def restore(saved: Saved, network: nn.Module, optimizer: Optimizer) -> None:
-    """Lay the saved weights and AdamW state into `network` and `optimizer`, bit for bit.
+def load(saved: Saved) -> dict[str, dict[str, Tensor]]:
+    """Return the parts of a verified checkpoint, on the CPU."""
+    return {path.stem: load_file(path) for path in sorted(saved.path.glob(f"*{SUFFIX}"))}
+
+
+def optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return AdamW's state by parameter name; empty before its first step."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {
+        f"{names[id(parameter)]}.{field}": value
+        for parameter, fields in optimizer.state.items()
+        for field, value in fields.items()
+    }
+
+
+def restore_optimizer(tensors: Mapping[str, Tensor], network: nn.Module, optimizer: Optimizer) -> None:
+    """Lay saved AdamW state in, bit for bit.
 
     Values are copied into tensors with the parameters' own device and memory layout, so that arithmetic after
     the resume meets the same layouts as before.
     """
-    network.load_state_dict(load_file(saved.path / MODEL), strict=True)
-    tensors = load_file(saved.path / OPTIMIZER)
     state = {}
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, parameter in enumerate(flat):
+    for place, parameter in enumerate(flat if tensors else []):
         name = names[id(parameter)]
         state[place] = {
             "step": tensors[f"{name}.step"].clone(),
@@ -163,8 +175,7 @@ def _verified(path: Path) -> Saved | str:
             return f"format {manifest['format']!r}, this version reads {FORMAT}"
         if manifest.pop("digest") != json_digest(manifest):
             return f"{MANIFEST} has another digest than when it was written"
-        for name in (MODEL, OPTIMIZER):
-            expected = manifest["files"][name]
+        for name, expected in manifest["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
             if (path / name).stat().st_size != expected["bytes"]:
@@ -180,14 +191,3 @@ def _verified(path: Path) -> Saved | str:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(network: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    return _plain(
-        {
-            f"{names[id(parameter)]}.{field}": value
-            for parameter, fields in optimizer.state.items()
-            for field, value in fields.items()
-        }
-    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, UNetConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.latents.shard import FORMAT, Counts
 from pipeline.latents.spec import LatentSpec
@@ -98,6 +98,8 @@ def mismatches(manifest: Manifest, config: RunConfig) -> list[str]:
         for name, ours, field, theirs in pairs
         if ours != theirs
     ]
+    if unet.addition_embed_type is not None:
+        lines += _pooled_mismatches(spec, unet)
     for bucket in manifest.buckets:
         height, width = spec.latent_shape((bucket["height"], bucket["width"]))[1:]
         if height % unet.downsampling or width % unet.downsampling:
@@ -111,6 +113,22 @@ def mismatches(manifest: Manifest, config: RunConfig) -> list[str]:
             f"{manifest.splits.get('train', 0)} samples"
         )
     return lines
+
+
+def _pooled_mismatches(spec: LatentSpec, unet: UNetConfig) -> list[str]:
+    """Return what keeps the U-Net's text_time embedding from taking the stored pooled text and six sizes."""
+    if spec.pooled_width is None:
+        return [
+            f"model.addition_embed_type is {unet.addition_embed_type!r}, the data set has no pooled text: encode it "
+            "with encode.text_encoder_2"
+        ]
+    needed = spec.pooled_width + 6 * (unet.addition_time_embed_dim or 0)
+    if needed == unet.projection_class_embeddings_input_dim:
+        return []
+    return [
+        f"model.projection_class_embeddings_input_dim is {unet.projection_class_embeddings_input_dim}, the data set's "
+        f"pooled text of {spec.pooled_width} and six sizes of {unet.addition_time_embed_dim} need {needed}"
+    ]
 
 
 def refuse_mismatch(manifest: Manifest, config: RunConfig, where: Path) -> None:

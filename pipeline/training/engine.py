@@ -119,9 +119,14 @@ class Engine:
         weights, self._true_weights = self._true_weights, {}
         return weights
 
-    def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
-        """Return the network's prediction [B, C, H, W], its inputs cast to the weights' type."""
-        prediction: Tensor = self.network(latents_BCHW.to(self._dtype), timesteps_B, text_BLD.to(self._dtype))
+    def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor, *conditions: Tensor) -> Tensor:
+        """Return the network's prediction [B, C, H, W], its inputs cast to the weights' type.
+
+        All but the numbers that it embeds itself, times and sizes: bfloat16 cannot tell 1024 pixels from 1026.
+        """
+        texts, sizes = conditions[:2], conditions[2:]
+        cast = (text.to(self._dtype) for text in texts)
+        prediction: Tensor = self.network(latents_BCHW.to(self._dtype), timesteps_B, *cast, *sizes)
         return prediction
 
     def backward(self, loss: Tensor) -> None:

@@ -10,6 +10,7 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
+from pipeline.data.changes import data_digest
+from pipeline.data.held_out import open_held_out
+from pipeline.data.sets import open_datasets
 from pipeline.errors import ConfigError
 from pipeline.evaluate import (
     KINDS,
@@ -29,11 +33,10 @@ from pipeline.evaluate import (
     validation_text_encoder,
 )
 from pipeline.generate import Generator, TrainedNetwork, encoder_folders
-from pipeline.latents.reader import LatentDataset
 from pipeline.models.autoencoder import FrozenAutoencoder
-from pipeline.models.text_pair import load_text_encoder
+from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.models.unet import UNet
-from pipeline.paths import RunPaths, dataset_folder
+from pipeline.paths import RunPaths
 from pipeline.progress import Progress
 from pipeline.sample import chosen_prompts, grid_record, publish_grid
 from pipeline.tracking import Records
@@ -44,7 +47,7 @@ from pipeline.training.engine import Engine
 from pipeline.training.fragments import Fragments
 from pipeline.training.saving.checkpoint import on_first_rank
 from pipeline.training.saving.interval import due
-from pipeline.training.saving.save import RunState
+from pipeline.training.saving.state import RunState
 from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -61,6 +64,9 @@ class Midway:
     ) -> None:
         """Open what `evaluate.every` and `sample.every` need, so that what is missing is said before the first step.
 
+        The frozen encoders are loaded here, once, and stay on the device: loading them takes seconds of every rank,
+        their memory is a few percent of what training takes.
+
         Raises:
             ConfigError: no validation split, no prompts, or averages that training does not keep.
             DataError: the encoders are not those that made the data set.
@@ -68,14 +74,15 @@ class Midway:
         self._config, self._paths, self._world = config, paths, world
         self._engine, self._fragments, self._ema = engine, fragments, ema
         self._share = Share(world.rank, world.world_size)
-        self._folder = dataset_folder(config, paths)
         self._prompts: list[str] = []
-        if config.evaluate.every is not None:
-            self._require_validation()
+        self._generator: Generator | None = None
+        self._words: TextEncoder | None = None
         if config.sample.every is not None:
             self._require_weights(config.sample.weights)
-            self._prompts = chosen_prompts(self._folder, config)
-            self._generator(RunState())
+            self._prompts = chosen_prompts(config, paths, config)
+            self._generator = self._open_generator()
+        if config.evaluate.every is not None:
+            self._words = self._open_validation()
 
     def look(self, state: RunState, records: Records) -> None:
         """Measure and paint what is due after `state.step` steps."""
@@ -87,11 +94,10 @@ class Midway:
     def evaluate(self, state: RunState, records: Records) -> None:
         """Record the validation loss under raw and EMA weights: `val_loss_raw`, `val_loss_ema`, and by timestep."""
         settings, device = self._config.evaluate, self._world.device
-        dataset = LatentDataset(self._folder, "validation")
-        encoder = validation_text_encoder(self._config, dataset, self._paths, device)
-        evaluator = Evaluator(self._engine, self._config.objective, device, dataset, encoder)
+        dataset = open_held_out(self._config.data, self._paths.latents, settings.max_samples)
+        evaluator = Evaluator(self._engine, self._config, device, dataset, self._words)
         timesteps = evaluation_timesteps(settings.timesteps, self._config.objective.timesteps)
-        samples = min(len(dataset), settings.max_samples)
+        samples = len(dataset)
         values: dict[str, float] = {}
         for kind in KINDS:
             with self._under(kind):
@@ -105,7 +111,9 @@ class Midway:
     def paint(self, state: RunState, records: Records) -> None:
         """Paint the grid `samples/step-XXXXXXXX.png` with the weights `sample.weights`, as `ldm sample` would."""
         sample = self._config.sample
-        generator = self._generator(state)
+        generator = self._generator
+        assert generator is not None, "sample.every is set"
+        generator.trained = replace(generator.trained, step=state.step, samples=state.samples)
         starts = range(0, len(self._prompts), PICTURES_AT_ONCE)
         painted: dict[str, list[str]] = {}
         with self._under(sample.weights):
@@ -138,36 +146,42 @@ class Midway:
             finally:
                 self._engine.network.train()
 
-    def _generator(self, state: RunState) -> Generator:
-        """Return the generator of the network in training, its encoders loaded anew: they take no memory in between."""
+    def _open_generator(self) -> Generator:
+        """Return the generator of the network in training; its step is set when it paints."""
         autoencoder, text_encoder = encoder_folders(self._config, self._paths)
         device = self._world.device
-        dataset = LatentDataset(self._folder)
+        datasets = open_datasets(self._config.data, self._paths.latents)
         trained = TrainedNetwork(
             cast(UNet, _InTraining(self._engine)),  # Sampling asks for predictions and the device only.
             self._config,
             self._config.sample.weights,
             self._paths.checkpoints,
-            state.step,
-            state.samples,
-            dataset.manifest.digest,
+            0,
+            0,
+            data_digest(datasets, self._config.data),
         )
+        for dataset in datasets:
+            dataset.close()
         generator = Generator(
             trained,
             FrozenAutoencoder.load(autoencoder, device),
             load_text_encoder(self._config.encode, text_encoder, device),
         )
-        generator.refuse_mismatch(self._folder)
+        generator.refuse_mismatch(self._paths)
         return generator
 
-    def _require_validation(self) -> None:
-        dataset = LatentDataset(self._folder, "validation")
+    def _open_validation(self) -> TextEncoder | None:
+        """Return the text encoder that the validation split needs: painting's, if that is open, or none."""
+        dataset = open_held_out(self._config.data, self._paths.latents)
         dataset.close()
         if len(dataset) == 0:
             raise ConfigError(
-                f"evaluate.every: the validation split of {self._folder} is empty; set encode.validation_samples and "
+                f"evaluate.every: the validation split of {dataset.where} is empty; set encode.validation_samples and "
                 "encode again, or evaluate.every=null"
             )
+        if dataset.spec.text == "tokens" and self._generator is not None:
+            return self._generator.text_encoder
+        return validation_text_encoder(self._config, dataset, self._paths, self._world.device)
 
     def _require_weights(self, kind: str) -> None:
         kept = (RAW, *self._ema.kinds)
@@ -184,8 +198,8 @@ class _InTraining(nn.Module):
         super().__init__()
         self.network, self._predict = engine.network, engine
 
-    def forward(self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
-        return self._predict(latents_BCHW, timesteps_B, text_BLD)
+    def forward(self, latents_BCHW: Tensor, timesteps_B: Tensor, *conditions: Tensor) -> Tensor:
+        return self._predict(latents_BCHW, timesteps_B, *conditions)
 
 
 def _to_text(picture_HWC: np.ndarray) -> str:

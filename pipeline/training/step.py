@@ -60,12 +60,12 @@ class TrainStep:
     def _losses(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
         z_BCHW = sample_posterior(batch.moments, batch.posterior_noise)
         x0_BCHW = scale_latents(z_BCHW, self._spec.scaling_factor, self._spec.shift_factor)
-        text_BLD = self.text.states(batch)
+        conditions = self.text.conditions(batch)
         objective = self._config.objective
         loss_B = denoising_loss(
             self._engine,
             x0_BCHW,
-            text_BLD,
+            conditions,
             batch.noise,
             batch.timesteps,
             self._schedule,

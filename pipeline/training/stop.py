@@ -23,6 +23,13 @@ STACKS_SIGNAL = signal.SIGUSR1
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
+def answer_with_stacks(path: Path) -> None:
+    """Add the stacks of all threads to the file `path` whenever USR1 comes, from now on until a `Stop` does so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    faulthandler.register(STACKS_SIGNAL, file=descriptor, all_threads=True)
+
+
 class Reason(IntEnum):
     """Why a run stops early; where ranks differ the largest is what all of them say."""
 
@@ -40,7 +47,7 @@ class Stop:
     """The wish to stop of this process and the agreement of all; a context manager that holds the handlers.
 
     The first TERM, INT or USR2 asks for a save and a clean end; a second Ctrl-C ends the process at once. USR1
-    writes the stacks of all threads to stderr and changes nothing.
+    writes the stacks of all threads and changes nothing.
     """
 
     def __init__(
@@ -54,7 +61,8 @@ class Stop:
     ) -> None:
         """Watch from now on: `max_seconds` counts from here. Only rank 0 looks for the file, once a second.
 
-        USR1 writes the stacks to stderr, and adds them to the file `stacks`.
+        USR1 adds the stacks to the file `stacks` (to stderr without one) from C, whoever holds Python's lock, and then
+        writes them to stderr too when Python comes to it.
         """
         self._world, self._clock = world, clock
         self._stop_file = stop_file if world.is_first else None
@@ -100,8 +108,10 @@ class Stop:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 self._stacks = os.open(self._stacks_path, flags, 0o644)
             # faulthandler writes from C, at once, to one place; it then passes the signal on to this one.
-            self._previous[STACKS_SIGNAL] = signal.signal(STACKS_SIGNAL, self._add_stacks)
-        if sys.__stderr__ is not None:
+            self._previous[STACKS_SIGNAL] = signal.signal(STACKS_SIGNAL, self._tell_stacks)
+        if self._stacks >= 0:
+            faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=True)
+        elif sys.__stderr__ is not None:
             faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True, chain=True)
         return self
 
@@ -119,9 +129,9 @@ class Stop:
             os.close(self._stacks)
             self._stacks = -1
 
-    def _add_stacks(self, number: int, frame: FrameType | None) -> None:
-        if self._stacks >= 0:
-            faulthandler.dump_traceback(self._stacks, all_threads=True)
+    def _tell_stacks(self, number: int, frame: FrameType | None) -> None:
+        if self._stacks >= 0 and sys.__stderr__ is not None:
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:

@@ -1,11 +1,14 @@
-"""The text states of a step: read with the latents, or made by the frozen text encoder from the stored tokens.
+"""The text of a step, read with the latents or made by the frozen text encoder from the stored tokens; SDXL's sizes.
 
 Tokens cost 154 bytes a caption instead of 118 KB and a forward pass of the encoder in every step; the null text
-of dropped captions comes from the same source as the rest, so guidance later starts where training did.
+of dropped captions comes from the same source as the rest, so guidance later starts where training did. It is the
+encoder's own empty caption for SDXL too, states and pooled text, where the published weights saw zeros: one rule for
+all models, and an exported pipeline says so (`force_zeros_for_empty_prompt: false`).
 """
 
 import time
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.data.conditions import require_sizes
 from pipeline.data.loader import LatentBatch
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import drop_captions
 from pipeline.errors import DataError
 from pipeline.latents.manifest import Manifest
@@ -25,18 +30,25 @@ if TYPE_CHECKING:
 
 
 class TextSource(ABC):
-    """Where the text states come from, with dropped captions already replaced by the null text."""
+    """Where the text comes from, with dropped captions already replaced by the null text."""
 
-    def __init__(self, null_text_1LD: Tensor) -> None:
-        """Keep the null text, float32 [1, L, D] on the device of the training."""
-        self._null_text_1LD = null_text_1LD
+    def __init__(self, null_text: Conditioning) -> None:
+        """Keep the null text of one sample, float32 on the device of the training; pooled for SDXL alone."""
+        self._null_text = null_text
 
-    def states(self, batch: LatentBatch) -> Tensor:
-        """Return the text states float32 [b, L, D] of a batch that lies on the device."""
-        return drop_captions(self._captions(batch), self._null_text_1LD, batch.dropped)
+    def conditions(self, batch: LatentBatch) -> Conditioning:
+        """Return the conditions, float32, of a batch that lies on the device.
+
+        Raises:
+            DataError: the network takes sizes and the data set does not record them.
+        """
+        conditions = drop_captions(self._captions(batch), self._null_text, batch.dropped)
+        if conditions.pooled_BP is None:
+            return conditions
+        return replace(conditions, time_ids_BS=require_sizes(batch.time_ids))
 
     @abstractmethod
-    def _captions(self, batch: LatentBatch) -> Tensor: ...
+    def _captions(self, batch: LatentBatch) -> Conditioning: ...
 
     def take_seconds(self) -> float | None:
         """Return the seconds spent in the text encoder since the last call, None without one; waits for the device."""
@@ -46,27 +58,39 @@ class TextSource(ABC):
 class StoredText(TextSource):
     """The embeddings of the data set."""
 
-    def __init__(self, dataset: LatentDataset, device: torch.device) -> None:
-        """Read the stored null text."""
-        super().__init__(torch.from_numpy(dataset.null_text()["text"]).to(device, torch.float32))
+    def __init__(self, dataset: LatentDataset, device: torch.device, *, pooled: bool) -> None:
+        """Read the stored null text, with its pooled part where the network takes one."""
+        stored = dataset.null_text()
+        names = ("text", "pooled") if pooled else ("text",)
+        null = (torch.from_numpy(stored[name]).to(device, torch.float32) for name in names)
+        super().__init__(Conditioning(*null))
+        self._pooled = pooled
 
-    def _captions(self, batch: LatentBatch) -> Tensor:
+    def _captions(self, batch: LatentBatch) -> Conditioning:
         assert batch.text is not None
-        return batch.text.float()
+        if not self._pooled:
+            return Conditioning(batch.text.float())
+        assert batch.pooled is not None
+        return Conditioning(batch.text.float(), batch.pooled.float())
 
 
 class EncodedText(TextSource):
-    """The states that the frozen encoder makes of the stored tokens, without gradients."""
+    """What the frozen encoder makes of the stored tokens, without gradients."""
 
-    def __init__(self, encoder: "TextEncoder", dataset: LatentDataset, device: torch.device) -> None:
-        """Encode the stored tokens of the empty caption."""
-        self._encoder, self._stopwatch = encoder, _Stopwatch(device)
-        tokens_1L = torch.from_numpy(dataset.null_text()["tokens"].astype("int64"))
-        super().__init__(encoder.encode(tokens_1L))
+    def __init__(
+        self, encoder: "TextEncoder", dataset: LatentDataset, device: torch.device, *, pooled: bool
+    ) -> None:
+        """Encode the stored tokens of the empty caption, with its pooled part where the network takes one."""
+        self._encoder, self._stopwatch, self._pooled = encoder, _Stopwatch(device), pooled
+        super().__init__(self._encoded(torch.from_numpy(dataset.null_text()["tokens"].astype("int64"))))
 
-    def _captions(self, batch: LatentBatch) -> Tensor:
+    def _captions(self, batch: LatentBatch) -> Conditioning:
         with self._stopwatch:
-            return self._encoder.encode(batch.tokens)
+            return self._encoded(batch.tokens)
+
+    def _encoded(self, tokens_BL: Tensor) -> Conditioning:
+        text_BLD, pooled_BP = self._encoder.encode_pooled(tokens_BL)
+        return Conditioning(text_BLD, pooled_BP if self._pooled else None)
 
     def take_seconds(self) -> float:
         """Return the seconds spent in the text encoder since the last call; waits for the device."""
@@ -74,19 +98,20 @@ class EncodedText(TextSource):
 
 
 def open_text(config: RunConfig, dataset: LatentDataset, paths: RunPaths, device: torch.device) -> TextSource:
-    """Return the source of text states that the data set needs.
+    """Return the source of text that the data set needs.
 
     Raises:
         ConfigError, DataError: the text encoder is missing, damaged, or not the one that made the data set.
     """
+    pooled = config.model.addition_embed_type is not None
     if dataset.spec.text == "embeddings":
-        return StoredText(dataset, device)
+        return StoredText(dataset, device, pooled=pooled)
     from pipeline.models.text_pair import load_text_encoder
 
     folder = text_encoder_folder(config, paths)
     encoder = load_text_encoder(config.encode, folder, device)
     refuse_other_encoder(dataset.folder, dataset.manifest, folder, encoder)
-    return EncodedText(encoder, dataset, device)
+    return EncodedText(encoder, dataset, device, pooled=pooled)
 
 
 def refuse_other_encoder(dataset: Path, manifest: Manifest, folder: Path, encoder: "TextEncoder") -> None:

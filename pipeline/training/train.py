@@ -16,8 +16,9 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.config_file import dump_config
+from pipeline.data.changes import data_facts
 from pipeline.data.loader import LatentBatch, LatentLoader
-from pipeline.data.sets import data_digest, open_datasets
+from pipeline.data.sets import open_datasets
 from pipeline.errors import CheckpointError, DataError
 from pipeline.latents.manifest import refuse_mismatch
 from pipeline.latents.reader import LatentDataset
@@ -38,7 +39,9 @@ from pipeline.training.learning_rate import learning_rate
 from pipeline.training.midway import Midway
 from pipeline.training.saving.checkpoint import on_first_rank
 from pipeline.training.saving.interval import Interval, due
-from pipeline.training.saving.save import Checkpoints, RunState, save_plan
+from pipeline.training.saving.plan import save_plan
+from pipeline.training.saving.save import Checkpoints
+from pipeline.training.saving.state import RunState
 from pipeline.training.step import TrainStep
 from pipeline.training.stop import Stop
 from pipeline.training.text import open_text
@@ -62,11 +65,14 @@ class TrainResult:
     """Why it stopped: "signal", "stop file" or "max seconds"."""
 
 
-def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> TrainResult:
+def train(
+    config: RunConfig, paths: RunPaths, world: World, *, attempt: str, accept_data_change: bool = False
+) -> TrainResult:
     """Train until the configured step or a request to stop, from the newest valid checkpoint on if there is one.
 
     Called by all ranks together. `attempt` names this start of the run: an older attempt that still lives can no
-    longer publish checkpoints.
+    longer publish checkpoints. `accept_data_change`: on other data than before a new epoch begins where the run
+    stands; otherwise that is refused.
 
     Raises:
         ConfigError, DataError, CheckpointError, DivergedError: what the user can act on.
@@ -82,7 +88,7 @@ def train(config: RunConfig, paths: RunPaths, world: World, *, attempt: str) -> 
         opened.enter_context(stop)
         opened.enter_context(heartbeat)
         with heartbeat.phase("load"):
-            run = _assemble(config, paths, world, attempt, opened)
+            run = _assemble(config, paths, world, attempt, opened, accept_data_change)
         state, total, global_batch = run.state, config.train.steps, config.engine.global_batch
         interval = _open_interval(run)
         batches = opened.enter_context(closing(_steps(run)))
@@ -150,7 +156,14 @@ class Run:
     state: RunState
 
 
-def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, opened: ExitStack) -> Run:
+def _assemble(
+    config: RunConfig,
+    paths: RunPaths,
+    world: World,
+    attempt: str,
+    opened: ExitStack,
+    accept_data_change: bool = False,
+) -> Run:
     """Open the data, build and shard the network, and load the newest checkpoint if there is one."""
     datasets = _open_datasets(config, paths, world)
     for dataset in datasets:
@@ -162,7 +175,7 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
     limit_waiting(config.health.collective_seconds)
     fragments = Fragments(engine, world)
     ema = Ema(fragments, config.ema)
-    facts = run_facts(config, dataset, attempt) | {"data_digest": data_digest(datasets, config.data)}
+    facts = run_facts(config, dataset, attempt) | data_facts(datasets, config)
     checkpoints = Checkpoints(
         paths.checkpoints,
         world=world,
@@ -173,7 +186,7 @@ def _assemble(config: RunConfig, paths: RunPaths, world: World, attempt: str, op
         tracker_run_id=lambda: tracker_run_id(paths),
     )
     opened.callback(checkpoints.close)
-    state = _resume(checkpoints, facts, paths, world)
+    state = _resume(checkpoints, facts, world, accept_data_change)
     if state is None:
         state = warm_start(config, fragments, ema, world, facts["data_digest"])
     on_first_rank(world, lambda: _describe_run(config, paths, facts["versions"]))
@@ -231,17 +244,12 @@ def _build_engine(config: RunConfig, paths: RunPaths, world: World, micro_batche
 
 
 def _resume(
-    checkpoints: Checkpoints, facts: Mapping[str, Any], paths: RunPaths, world: World
+    checkpoints: Checkpoints, facts: Mapping[str, Any], world: World, accept_data_change: bool
 ) -> RunState | None:
-    resumed = checkpoints.resume()
+    resumed = checkpoints.resume(accept_data_change=accept_data_change)
     if resumed is None:
         return None
     state, manifest = resumed
-    if manifest["data_digest"] != facts["data_digest"]:
-        raise DataError(
-            f"{paths.checkpoints}: trained on the data set {manifest['data_digest'][:16]}, the config's is "
-            f"{facts['data_digest'][:16]}; give back the old one, or use another run name"
-        )
     if world.is_first:
         for line in changed_settings(manifest["config"], facts["config"]):
             logger.warning("resumed at step %d with a changed setting: %s", state.step, line)
@@ -258,6 +266,7 @@ def _steps(run: Run) -> Generator[tuple[LatentBatch, ...], None, None]:
     state, global_batch = run.state, run.config.engine.global_batch
     while True:
         position = state.samples = beyond(state.samples, state.skipped_ranges)
+        run.loader.resume(state.data_origin, state.substituted)
         with closing(_stream(run.loader, position)) as stream:
             for micro_batches in stream:
                 if beyond(state.samples, state.skipped_ranges) != position:
@@ -283,12 +292,13 @@ def _record(run: Run, interval: Interval, grad_norm: float, rate: float) -> dict
     state.loss = values["loss"] if math.isfinite(values["loss"]) else None
     values |= {"grad_norm": grad_norm, "learning_rate": rate, "ema_decay": run.ema.decay}
     values |= {"skipped": state.skipped, "spikes": run.care.judge()}
-    return values | run.checkpoints.figures()
+    return values | run.loader.order.figures(state.samples) | run.checkpoints.figures()
 
 
 def _state_now(run: Run, interval: Interval) -> RunState:
     run.state.interval = interval.to_json()
     run.care.keep(run.state)
+    run.state.substituted = run.loader.substituted
     return run.state
 
 

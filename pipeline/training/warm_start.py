@@ -6,7 +6,7 @@ shapes must agree: resolution, objective, data, precision and world size may be 
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from pipeline.training.saving.manifest import (
     step_folder,
     step_of,
 )
-from pipeline.training.saving.save import RunState
+from pipeline.training.saving.state import RunState
 from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def warm_start(config: RunConfig, fragments: Fragments, ema: Ema, world: World, 
         assert isinstance(source, RunSource)
         state = _fork(source, fragments, ema, world)
         if data_digest != source.manifest["data_digest"]:
-            state.skipped_ranges = []  # Places in the other data set.
+            state.begin_data()
     else:
         source.fill(fragments.resident, world)
         fragments.loaded(0)
@@ -210,8 +210,7 @@ def _fork(source: RunSource, fragments: Fragments, ema: Ema, world: World) -> Ru
     if world.is_first:
         for line in begun:
             logger.warning("%s: %s", source.where, line)
-    names = ("step", "samples", "skipped", "skipped_in_a_row", "skipped_ranges", "health", "loss")
-    return RunState(**{name: manifest[name] for name in names})
+    return replace(RunState.of(manifest), interval=RunState().interval)
 
 
 def _is_run(path: Path) -> bool:

@@ -89,6 +89,11 @@ class World:
         if self.control is not None:
             dist.broadcast(tensor, src=source)
 
+    def add_up(self, tensor: Tensor) -> None:
+        """Make `tensor`, on this rank's device, on all ranks the sum over all of them, in place, as gradients travel."""
+        if self.control is not None:
+            dist.all_reduce(tensor)
+
     def start_max(self, value: int) -> Pending:
         """Begin to agree on the maximum of `value` over all ranks and return at once."""
         mine = torch.tensor([value], dtype=torch.int64)

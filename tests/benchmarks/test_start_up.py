@@ -11,7 +11,7 @@ from benchmarks.harness import read_csv
 STAND_IN = ["--rounds", "6", "--warmup", "0"]
 
 
-def test_writes_both_comparisons_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_the_comparisons_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = tmp_path / "seen.txt"
     write_arguments = f"import sys; open({str(seen)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')"
     out_dir = tmp_path / "results"
@@ -19,13 +19,15 @@ def test_writes_both_comparisons_and_the_table(tmp_path: Path, capsys: pytest.Ca
         [*STAND_IN, "--out-dir", str(out_dir), "--ldm", sys.executable, "-c", write_arguments]
     )
     assert code == 0
-    assert seen.read_text().splitlines() == ["--help"] * 6 + ["check configs/demo.yaml"] * 6
-    assert sorted(path.suffix for path in out_dir.iterdir()) == [".csv", ".csv", ".md", ".png", ".png"]
+    assert seen.read_text().splitlines() == (
+        ["--help"] * 6 + ["check configs/demo.yaml"] * 6 + ["plan configs/demo.yaml"] * 6
+    )
+    assert sorted(path.suffix for path in out_dir.iterdir()) == [".csv"] * 3 + [".md"] + [".png"] * 3
     comparison = read_csv(out_dir / "start_up_check.csv")
     assert (comparison.side_a, comparison.side_b) == ("python -c pass", "ldm check configs/demo.yaml")
     assert comparison.rounds == 6
     table = (out_dir / "start_up.md").read_text()
-    assert table.count("\n") == 4
+    assert table.count("\n") == 5
     assert capsys.readouterr().out == table
     assert str(tmp_path) not in table + (out_dir / "start_up_check.csv").read_text()
 

@@ -20,8 +20,9 @@ from pipeline.training import deepspeed_config
 from pipeline.training import train as train_module
 from pipeline.training.saving import save as save_module
 from pipeline.training.saving.manifest import step_folder
+from pipeline.training.saving.plan import Plan
 from pipeline.training.saving.retention import Retention
-from pipeline.training.saving.save import Checkpoints, Plan
+from pipeline.training.saving.save import Checkpoints
 from pipeline.training.world import World, end_world, start_world
 
 STEPS = 6

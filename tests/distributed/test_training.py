@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.data.loader import LatentLoader
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import drop_captions
 from pipeline.diffusion.objective import denoising_loss
 from pipeline.diffusion.posterior import sample_posterior, scale_latents
@@ -125,7 +126,7 @@ def plain_losses(results: Results) -> tuple[list[float], dict[str, torch.Tensor]
     for step, (batch,) in zip(range(STEPS), loader.steps(0), strict=False):
         assert batch.text is not None
         x0 = scale_latents(sample_posterior(batch.moments, batch.posterior_noise), 0.7, 0.1)
-        text = drop_captions(batch.text.float(), null_text, batch.dropped)
+        text = drop_captions(Conditioning(batch.text.float()), Conditioning(null_text), batch.dropped)
         loss = denoising_loss(
             network, x0, text, batch.noise, batch.timesteps, schedule, objective.prediction
         ).mean()

@@ -45,37 +45,17 @@ with open(record + ".new", "wb") as stream:
     stream.write(b"\\0".join(map(os.fsencode, sys.argv[1:])))
 os.rename(record + ".new", record)
 """
-# Stands in for srun: becomes the task (RUN_TASK), waits for a stop (STOP_CODE), or ends with SRUN_CODE.
-SRUN = (
+# Stands in for the Python that the batch script hands over to.
+SUPERVISOR = (
     RECORDER
     + """
-import signal, time
-def stopped(number, frame):
-    open(os.path.join(os.environ["RECORDS"], "got-USR2"), "w").close()
-    sys.exit(int(os.environ["STOP_CODE"]))
-if "STOP_CODE" in os.environ:
-    signal.signal(signal.SIGUSR2, stopped)
-    open(os.path.join(os.environ["RECORDS"], "up"), "w").close()
-    time.sleep(60)
-if "RUN_TASK" in os.environ:
-    at = next(place for place, word in enumerate(sys.argv) if place and not word.startswith("-"))
-    os.environ["PATH"] = os.defpath
-    os.execvp(sys.argv[at], sys.argv[at:])
-sys.exit(int(os.environ.get("SRUN_CODE", "0")))
-"""
-)
-SCONTROL = (
-    RECORDER
-    + """
-if sys.argv[1:3] == ["show", "hostnames"]:
-    print(os.environ.get("HOSTS", "gpu-07\\ngpu-08"))
-elif "job" in sys.argv:
-    print("JobId=1 JobName=tiny", os.environ.get("STATE", "JobState=RUNNING Reason=None PreemptTime=None"), "End=x")
-elif sys.argv[1] == "requeue":
-    sys.exit(int(os.environ.get("REQUEUE_CODE", "0")))
+if "PRINT_ENVIRONMENT" in os.environ:
+    import json
+    print(json.dumps(dict(os.environ)))
 """
 )
 # Everything that hostile texts below try to start; a record of one of them is an injection.
+SLURM = ("srun", "scontrol", "sbatch", "scancel", "squeue")
 BAIT = ("id", "touch", "rm", "uname", "sh", "cat", "reboot", "module")
 
 
@@ -86,7 +66,7 @@ class FakeSlurm:
         self.records, self.programs, self.work = (folder / name for name in ("records", "bin", "work"))
         for made in (self.records, self.programs, self.work):
             made.mkdir()
-        for name, text in {"srun": SRUN, "scontrol": SCONTROL, **dict.fromkeys(BAIT, RECORDER)}.items():
+        for name, text in {"supervisor": SUPERVISOR, **dict.fromkeys((*SLURM, *BAIT), RECORDER)}.items():
             program = self.programs / name
             program.write_text(text.format(python=sys.executable))
             program.chmod(0o755)
@@ -133,7 +113,6 @@ class FakeSlurm:
 
 
 def task_of(call: list[str]) -> list[str]:
-    """Return the command behind srun's own options and the shell that prepares a rank."""
-    at = call.index("rank")
-    assert call[at - 3 : at - 1] == ["bash", "-c"]
-    return call[at + 1 :]
+    """Return the command behind the supervisor's own words."""
+    assert call[:2] == ["-m", "launch.supervisor"]
+    return call[call.index("--") + 1 :]

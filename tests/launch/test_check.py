@@ -38,6 +38,16 @@ def test_the_page_shows_the_derived_config_with_the_hatch_and_what_is_never_allo
             ["engine.deepspeed={optimizer: {type: Adam}}"],
             "engine.deepspeed.optimizer: follows from optimizer",
         ),
+        (
+            [
+                "model.addition_embed_type=text_time",
+                "model.addition_time_embed_dim=8",
+                "model.projection_class_embeddings_input_dim=80",
+            ],
+            "encode.text_encoder_2: null, but",
+        ),
+        (["encode.buckets=[[64, 64], [64, 72]]"], r"encode.buckets: 64 x 72 pixels; .* multiples of \d+"),
+        (["encode.bucket_step=12"], r"encode.bucket_step: 12 pixels; .* give a multiple of \d+"),
     ],
 )
 def test_a_refused_combination_is_told_with_its_reason(overrides: list[str], said: str) -> None:

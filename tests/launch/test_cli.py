@@ -12,7 +12,8 @@ from launch.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = (
-    "demo check doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit sync status"
+    "demo init check plan doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit "
+    "sync status"
 ).split()
 
 
@@ -47,11 +48,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["check", "configs/demo.yaml", "engine.global_batch=1"], 2, "smaller than processes 2"),
         (["check", "configs/demo.yaml", "encode.source=nowhere"], 2, "encode.source: nowhere is no folder"),
         (["check", "configs/demo.yaml", "model.cross_attention_dim=64"], 2, "first_stage.clip.width is 128"),
-        (
-            ["check", "configs/demo.yaml", "data.on_bad_sample=substitute"],
-            2,
-            "does not keep it in checkpoints",
-        ),
+        (["check", "configs/demo.yaml", "data.on_bad_sample=skip"], 2, "'stop' or 'substitute'"),
         (
             ["check", "configs/demo.yaml", "encode.image_size=72", "first_stage.clip.patch=8"],
             2,
@@ -59,7 +56,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         ),
         (["train", "configs/demo.yaml", "data.dataset=nowhere"], 3, "run `ldm encode`"),
         (["train", "configs/demo.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
-        (["submit", "configs/demo.yaml"], 3, "run `ldm encode`"),
+        (["submit", "configs/demo.yaml"], 2, "`--stage all` makes it first"),
         (["evaluate", "nowhere"], 2, "not a run folder"),
         (["status", "nowhere"], 2, "neither a run folder"),
         (["verify", "nowhere"], 3, "does not exist"),
@@ -113,6 +110,28 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         main(["check", "configs/demo.yaml"])
     assert left.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == "ldm: interrupted; run the same command to go on"
+
+
+@pytest.mark.parametrize("given", [[], ["--accept-data-change"]])
+def test_the_word_for_changed_data_reaches_every_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    """By the command of the processes that it starts, and as an argument of the one that it is."""
+    started: list[list[str]] = []
+    accepted: list[bool] = []
+    monkeypatch.setattr("launch.check.refuse_untrainable", lambda run, paths, where: None)
+    monkeypatch.setattr("launch.local.run_local", lambda again, *rest, **named: started.append(again) or 0)
+    monkeypatch.setattr(
+        "launch.rank.train_rank",
+        lambda run, paths, placement, *, accept_data_change: accepted.append(accept_data_change) or "done",
+    )
+    for processes in (2, 1):
+        with pytest.raises(SystemExit) as left:
+            main(["train", "configs/demo.yaml", f"engine.processes={processes}", *given])
+        assert not left.value.code
+    (again,) = started
+    assert again[2:] == ["launch.cli", "train", "configs/demo.yaml", "engine.processes=2", *given]
+    assert accepted == [bool(given)] and capsys.readouterr().out == "done\n"
 
 
 def test_check_says_what_follows_from_the_config() -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from launch import local
-from launch.local import run_local
+from launch.local import run_local, train_local
 from launch.nodes import place
 from pipeline.errors import ToolError
+from pipeline.paths import RunPaths
 
 ROOT = Path(__file__).parents[2]
 # A rank notes its pid, waits until all have, then does what the test says; HERE, RANK and SIZE are at hand.
@@ -290,3 +291,40 @@ def test_an_error_inside_the_launcher_leaves_no_orphan(
     with pytest.raises(RuntimeError, match="a fault of our own"):
         run_local(rank_command(body, tmp_path), 2, threads=1)
     assert not any(is_alive(pid) for pid in pids(tmp_path, "up", 2))
+
+
+# Each start takes the next code of the list and makes as many checkpoints as the entry says.
+STARTS = """
+import json
+file = f"{HERE}/starts"
+meet(f"start-{len(open(file).read()) if os.path.exists(file) else 0}")
+plan = json.loads(sys.argv[2])
+started = len(open(file).read()) if os.path.exists(file) else 0
+time.sleep(0.1)
+if RANK == 0:
+    open(file, "a").write("x")
+    if plan[started][1]:
+        os.makedirs(f"{HERE}/checkpoints/step-{plan[started][1]:08d}")
+sys.exit(plan[started][0])
+"""
+
+
+@pytest.mark.covers("F17")
+@pytest.mark.parametrize(
+    ("starts", "code"),
+    [
+        ([[137, 0]], 137),  # A crash before the first checkpoint is the user's to look at.
+        ([[137, 5], [1, 10], [0, 0]], 0),
+        ([[137, 5], [137, 0]], 6),
+        ([[137, 5], [75, 0]], 75),
+        ([[5, 5]], 5),
+        ([[2, 0]], 2),
+        ([[143, 5]], 143),
+    ],
+)
+def test_a_crash_is_followed_by_a_start_only_behind_a_newer_checkpoint(
+    tmp_path: Path, starts: list[list[int]], code: int
+) -> None:
+    command = [*rank_command(STARTS, tmp_path), json.dumps(starts)]
+    assert train_local(command, 2, RunPaths(tmp_path), threads=1) == code
+    assert (tmp_path / "starts").read_text() == "x" * len(starts)

@@ -194,11 +194,14 @@ def test_ports_stay_below_the_ephemeral_range_and_differ_between_jobs_and_attemp
     assert len(near) == 500
 
 
-def test_a_port_in_use_is_not_given_out() -> None:
-    first = free_port(4321)
+@pytest.mark.covers("F18")
+@pytest.mark.parametrize("address", ["127.0.0.1", ""])
+def test_a_port_in_use_is_not_given_out(address: str) -> None:
+    first = free_port(4321, address)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", first))
-        assert free_port(first - FIRST_PORT) != first
+        assert free_port(first - FIRST_PORT, address) != first
+        assert free_port(first, address) != first
 
 
 def test_no_free_port_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:

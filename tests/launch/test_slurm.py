@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launch import slurm
-from launch.slurm import render_job, submission_environment, submit_job
+from launch.slurm import job_options, render_job, submission_environment, submit_job
+from launch.slurm import sbatch as sbatch_module
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, ToolError
 from pipeline.paths import RunPaths
@@ -228,7 +228,7 @@ def test_a_missing_sbatch_is_one_line(sbatch: Callable[..., None], tmp_path: Pat
 def test_a_silent_sbatch_is_given_up(
     sbatch: Callable[..., None], fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "SBATCH_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(sbatch_module, "SBATCH_TIMEOUT_SECONDS", 0.2)
     (fake.programs / "sbatch").write_text(f"#!{sys.executable} -S\nimport time; time.sleep(60)\n")
     (fake.programs / "sbatch").chmod(0o755)
     with pytest.raises(ToolError, match=r"no answer within 0\.2 s"):
@@ -247,7 +247,7 @@ def test_a_broken_record_of_jobs_stops_the_submission_first(
 
 
 def test_variables_that_would_overrule_the_script_are_dropped() -> None:
-    options = slurm.job_options(run_config(account="a"), RUN)
+    options = job_options(run_config(account="a"), RUN)
     kept = {
         "HOME": "/home/a",
         "SLURM_CONF": "/etc/slurm.conf",
@@ -272,7 +272,7 @@ def test_variables_that_would_overrule_the_script_are_dropped() -> None:
 
 def test_every_overruling_variable_of_sbatch_is_covered() -> None:
     """Each option of the script is dropped under the name by which sbatch's manual reads it."""
-    options = slurm.job_options(run_config(partition="p", account="a", exclude=("n",), gpus_per_node=1), RUN)
+    options = job_options(run_config(partition="p", account="a", exclude=("n",), gpus_per_node=1), RUN)
     manual = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "requeue": "NO_REQUEUE"}
     for option in options:
         name = "SBATCH_" + manual.get(option, option.upper().replace("-", "_"))

@@ -3,23 +3,30 @@
 import dataclasses
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline import generate
 from pipeline.config import ObjectiveConfig
+from pipeline.data.changes import data_digest
+from pipeline.data.held_out import HeldOut
+from pipeline.data.sets import open_datasets
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import DataError, DivergedError
 from pipeline.evaluate import Evaluator, evaluate_run, evaluation_timesteps, summary, validation_noise
-from pipeline.generate import TrainedNetwork
+from pipeline.generate import Generator, TrainedNetwork
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.text_encoder import FrozenTextEncoder
 from pipeline.progress import Progress
+from pipeline.sample import chosen_prompts
 from pipeline.tracking import read_records
 from tests.builders import TinyRun, tiny_dataset, tiny_run
 
@@ -46,7 +53,7 @@ def trained(run: TinyRun) -> TrainedNetwork:
 
 
 def losses(trained: TrainedNetwork, dataset: LatentDataset, batch: int = 64, **text: Any) -> np.ndarray:
-    evaluator = Evaluator.of(trained, dataset, text.get("encoder"))
+    evaluator = Evaluator.of(trained, HeldOut([dataset]), text.get("encoder"))
     return evaluator.losses(len(dataset), TIMESTEPS, batch, Progress(0))
 
 
@@ -147,7 +154,9 @@ def test_evaluation_of_a_run(run: TinyRun) -> None:
     dataset = LatentDataset(run.paths.latents, "validation")
     for weights in ("raw", "ema"):
         trained = TrainedNetwork.newest(run.paths, weights, "cpu")  # type: ignore[arg-type]
-        expected = Evaluator.of(trained, dataset, None).losses(3, result["timesteps"], 64, Progress(0))
+        expected = Evaluator.of(trained, HeldOut([dataset]), None).losses(
+            3, result["timesteps"], 64, Progress(0)
+        )
         assert result[weights]["loss"] == pytest.approx(expected.mean(), rel=1e-5)
         assert result[weights]["loss_by_timestep"] == pytest.approx(expected.mean(axis=0), rel=1e-5)
     assert result["raw"]["loss"] != result["ema"]["loss"]
@@ -201,3 +210,74 @@ def test_the_standard_error_is_that_of_the_samples() -> None:
     assert found["loss"] == 3.5 and found["loss_by_timestep"] == [2.5, 4.5]
     assert found["standard_error"] == pytest.approx(math.sqrt(5 / 3) / 2)
     assert summary(np.array([[1.0]]))["standard_error"] == 0.0
+
+
+def trained_on(run: TinyRun, monkeypatch: pytest.MonkeyPatch, **data: Any) -> TinyRun:
+    """Return the run as if its checkpoint had been trained on what `data` names."""
+    other = run.with_config(data=data)
+    sets = open_datasets(other.config.data, run.paths.latents)
+    digest = data_digest(sets, other.config.data)
+    dataclasses.replace(other, manifest=dataclasses.replace(run.manifest, digest=digest)).pretend_checkpoint(
+        monkeypatch
+    )
+    return other
+
+
+def test_a_mixture_is_measured_on_all_its_validation_splits(
+    run: TinyRun, trained: TrainedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loss is that of its own data set alone; a limit takes a share of each."""
+    tiny_dataset(tmp_path / "other", run.paths.autoencoder, run.paths.text_encoder, count=9, validation=4)
+    folders = (run.paths.latents, tmp_path / "other")
+    mixed = trained_on(run, monkeypatch, mix=[{"dataset": str(folder)} for folder in folders])
+    settings = {"timesteps": 3, "max_samples": 100}
+    result = evaluate_run(run.paths, run.with_config(evaluate=settings).config, ["ema"])
+    assert result["validation_samples"] == 9
+    expected = [
+        Evaluator.of(trained, HeldOut([LatentDataset(folder, "validation")]), None) for folder in folders
+    ]
+    every = [
+        part.losses(n, result["timesteps"], 8, Progress(0)) for part, n in zip(expected, (5, 4), strict=True)
+    ]
+    assert result["ema"]["loss"] == pytest.approx(np.concatenate(every).mean(), rel=1e-5)
+    few = evaluate_run(run.paths, run.with_config(evaluate=settings | {"max_samples": 4}).config, ["ema"])
+    assert few["validation_samples"] == 4
+    assert few["ema"]["loss"] == pytest.approx(np.concatenate([part[:2] for part in every]).mean(), rel=1e-5)
+    prompts = chosen_prompts(mixed.config, run.paths, run.with_config(sample={"num_prompts": 9}).config)
+    assert len(prompts) == 9
+    Generator.load(run.paths, "ema", "cpu")  # Its encoders and null text are those of the mixture.
+
+
+def test_a_data_set_in_a_store_gives_what_it_gives_in_a_folder(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run.with_config(evaluate={"timesteps": 3}).config
+    local = evaluate_run(run.paths, config, ["ema"])
+    url = f"memory://{uuid.uuid4().hex}/set"
+    store = fsspec.filesystem("memory")
+    for path in run.paths.latents.rglob("*"):
+        if path.is_file():
+            store.pipe(f"{url}/{path.relative_to(run.paths.latents)}", path.read_bytes())
+    for reads in ("shard", "range"):
+        cache = str(tmp_path / reads)
+        remote = trained_on(run, monkeypatch, dataset=url, cache=cache, remote_reads=reads)
+        assert evaluate_run(run.paths, config, ["ema"]) == local
+        prompts = chosen_prompts(remote.config, run.paths, config)
+        assert prompts and prompts == chosen_prompts(run.config, run.paths, config)
+        Generator.load(run.paths, "ema", "cpu")
+
+
+def test_a_mixture_with_another_weight_is_not_what_was_trained_on(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_dataset(tmp_path / "other", run.paths.autoencoder, run.paths.text_encoder, count=9, validation=4)
+    folders = (str(run.paths.latents), str(tmp_path / "other"))
+    trained_on(run, monkeypatch, mix=[{"dataset": folder} for folder in folders])
+    plain = generate.read_manifest
+    heavier = [{"dataset": folder, "weight": 1.0 + n} for n, folder in enumerate(folders)]
+    config = json.loads(run.with_config(data={"mix": heavier}).config.model_dump_json())
+    monkeypatch.setattr(generate, "read_manifest", lambda checkpoint: plain(checkpoint) | {"config": config})
+    with pytest.raises(DataError, match="digest is"):
+        evaluate_run(run.paths, run.config, ["ema"])
+    with pytest.raises(DataError, match="digest is"):
+        Generator.load(run.paths, "ema", "cpu")

@@ -264,6 +264,20 @@ def test_sdxl_is_loaded_by_its_own_pipeline_and_paints(sdxl_parts: Parts, tmp_pa
     torch.testing.assert_close(ours, predicted[0], rtol=1e-5, atol=1e-5)
 
 
+def test_sdxl_read_at_the_last_layer_is_refused(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """StableDiffusionXLPipeline reads the penultimate layer of both: the folder would paint other pictures."""
+    generator = Generator.load(run.paths, "ema", "cpu")
+    encode = run.config.encode.model_copy(update={"text_encoder_2": str(run.paths.clip)})
+    trained = replace(generator.trained, config=run.config.model_copy(update={"encode": encode}))
+    generator.trained = trained
+    monkeypatch.setattr(Generator, "load", lambda *_: generator)
+    with pytest.raises(
+        ConfigError, match="reads the penultimate layer for this model, this run the last one"
+    ):
+        export_pipeline(run.paths, run.config)
+    assert not list(run.paths.root.glob(".*"))
+
+
 def test_sdxl_needs_both_text_encoders_and_the_projection(sdxl_parts: Parts, tmp_path: Path) -> None:
     first, _ = sdxl_parts.text_encoders
     for number, (encoders, kind, said) in enumerate(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline import publish
 from pipeline.config import SampleConfig
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -57,7 +58,7 @@ def ddim_by_hand(generator: Generator, z: Tensor, text: Tensor, steps: int, scal
     for t, following in zip(times, [*times[1:], 0], strict=True):
         eps = torch.zeros_like(z)
         for b in range(len(z)):
-            states = [generator.null_text_1LD, text[b : b + 1]]
+            states = [generator.null_text.text_BLD, text[b : b + 1]]
             with torch.no_grad():
                 without, given = (
                     generator.trained.network(z[b : b + 1], torch.tensor([t]), s) for s in states
@@ -71,7 +72,7 @@ def ddim_by_hand(generator: Generator, z: Tensor, text: Tensor, steps: int, scal
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 7.5])
 def test_the_loop_is_ddim_under_guidance(generator: Generator, scale: float) -> None:
     noise, text = generator.noise(range(3), seed=1), encoded(generator, CAPTIONS[:3])
-    ours = generator.denoise(noise, text, with_scale(scale))
+    ours = generator.denoise(noise, Conditioning(text), with_scale(scale))
     by_hand = ddim_by_hand(generator, noise, text, 5, scale)
     torch.testing.assert_close(ours, by_hand, rtol=1e-4, atol=1e-4)
 
@@ -80,7 +81,7 @@ def test_the_loop_is_ddim_under_guidance(generator: Generator, scale: float) -> 
 def test_what_has_no_weight_is_not_computed(generator: Generator, scale: float, samples: int) -> None:
     seen: list[int] = []
     generator.trained.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    generator.denoise(generator.noise(range(2), 0), encoded(generator, CAPTIONS[:2]), with_scale(scale))
+    generator.denoise(generator.noise(range(2), 0), generator.text(CAPTIONS[:2]), with_scale(scale))
     assert seen == [samples] * 5
 
 
@@ -216,7 +217,7 @@ def test_the_text_layer_of_the_data_is_painted_with_and_not_exported_as_another(
     generator = Generator.load(run.paths, "ema", "cpu")
     tokens, _ = penultimate.tokenize(CAPTIONS)
     assert torch.equal(encoded(generator, CAPTIONS), penultimate.encode(tokens))
-    with pytest.raises(ConfigError, match="a StableDiffusionPipeline reads the last layer"):
+    with pytest.raises(ConfigError, match="reads the last layer for this model, this run the penultimate"):
         export_pipeline(run.paths, run.config)
 
 
@@ -258,17 +259,6 @@ def test_weights_of_another_model_are_refused(run: TinyRun, monkeypatch: pytest.
     lacking = {name: tensor for name, tensor in run.weights["ema"].items() if name != "conv_in.bias"}
     dataclasses.replace(run, weights={"ema": lacking}).pretend_checkpoint(monkeypatch)
     with pytest.raises(CheckpointError, match=r"step-00000007: its ema weights do not fit .*conv_in\.bias"):
-        Generator.load(run.paths, "ema", "cpu")
-
-
-def test_a_model_that_needs_pooled_text_is_refused(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    sdxl = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 80,
-    }
-    run.with_config(model=sdxl).pretend_checkpoint(monkeypatch)
-    with pytest.raises(ConfigError, match="addition_embed_type 'text_time' needs pooled text"):
         Generator.load(run.paths, "ema", "cpu")
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,12 +84,23 @@ def test_none_is_wanted() -> None:
         assert nobody is None
 
 
-def test_a_job_with_decode_processes_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_a_job_with_decode_processes_writes_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = three_shards(tmp_path / "in")
+    decoded: dict[int, int] = {}
+    decode = DecodeProcesses.decode
+
+    def counted(self: DecodeProcesses, *given: Any) -> Any:
+        decoded[processes] = decoded.get(processes, 0) + 1
+        return decode(self, *given)
+
+    monkeypatch.setattr(DecodeProcesses, "decode", counted)
     for out, processes in (("plain", 0), ("isolated", 2)):
         encode = encode_config(decode_processes=processes)
         counts = encode_shards(Work(list_shards(source), tmp_path / out), NumpyEncoder(), encode)
         assert counts.counts.written == 18
+    assert decoded == {2: 18}
     plain, isolated = (sorted((tmp_path / out / "00").glob("*.tar")) for out in ("plain", "isolated"))
     assert len(plain) == 3
     assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in isolated]

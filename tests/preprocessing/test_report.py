@@ -67,6 +67,16 @@ def test_one_static_page_without_network(prepared: Prepared) -> None:
         assert expected in said
 
 
+def test_shards_that_the_job_left_out_do_not_stop_the_comparison(prepared: Prepared) -> None:
+    """A source that was encoded with `unfinished_shards: leave_out` has tars without a marker beside the rest."""
+    unfinished = Path(prepared.source) / "00099.tar"
+    unfinished.write_bytes(b"")
+    try:
+        assert len(compare(prepared.out, prepared.source, decoder(prepared))) == 16
+    finally:
+        unfinished.unlink()
+
+
 def test_pictures_are_the_originals_and_the_decoded_latents(prepared: Prepared) -> None:
     text = render_report(prepared.out, prepared.source, decoder(prepared)).read_text()
     comparisons = compare(prepared.out, prepared.source, decoder(prepared))

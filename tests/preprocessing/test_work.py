@@ -77,7 +77,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 def test_the_data_set_holds_what_the_models_say_of_the_prepared_pairs(chain: Chain) -> None:
     dataset = LatentDataset(chain.paths.latents, "train")
-    assert Manifest.load(chain.paths.latents).splits == {"train": 15, "validation": 5}
+    assert Manifest.load(chain.paths.latents).splits == {"train": 25, "validation": 5}
     pairs = {pair.key.partition("/")[2]: pair for pair in prepared_pairs(chain.config.encode)}
     autoencoder = FrozenAutoencoder.load(chain.paths.autoencoder)
     words = FrozenTextEncoder.load(chain.paths.text_encoder)
@@ -103,7 +103,7 @@ def test_two_workers_make_the_same_bytes(chain: Chain, tmp_path: Path) -> None:
         if p.suffix in (".tar", ".parquet")
     }
     theirs = {name: (chain.paths.latents / name).read_bytes() for name in ours}
-    assert len(ours) == 4 and ours == theirs
+    assert len(ours) == 6 and ours == theirs
     assert (
         finalize_dataset(chain.config, tmp_path, chain.source).digest
         == Manifest.load(chain.paths.latents).digest
@@ -112,7 +112,7 @@ def test_two_workers_make_the_same_bytes(chain: Chain, tmp_path: Path) -> None:
 
 def test_verify_and_report(chain: Chain) -> None:
     result = verify_dataset(chain.paths.latents, samples=None, decode_with=chain.paths.autoencoder)
-    assert result.problems == [] and result.checked == 20
+    assert result.problems == [] and result.checked == 30
     assert write_report(chain.paths.latents, chain.source, chain.paths.autoencoder).stat().st_size > 10_000
 
 
@@ -143,7 +143,7 @@ def test_the_verb_starts_its_own_workers(chain: Chain, tmp_path: Path) -> None:
     ]
     done = subprocess.run([*command, *models], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 shards done, 0 leased, 0 left" in done.stdout and "read 20, written 20" in done.stdout
+    assert "3 of 3 shards done, 0 leased, 0 left" in done.stdout and "read 30, written 30" in done.stdout
     latents = RunPaths(tmp_path / "tiny").latents
     for name in ("00/00000.tar", "00/00001.tar"):
         assert (latents / name).read_bytes() == (chain.paths.latents / name).read_bytes()

@@ -69,7 +69,10 @@ MinJobAge=3600
 ReturnToService=2
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=train Nodes=ALL Default=YES State=UP MaxTime=INFINITE DefaultTime=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=train Nodes=ALL Default=YES State=UP MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE DefaultTime=10 PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -88,6 +91,7 @@ class Cluster:
         self._port = _free_ports()
         self._subnet = _free_subnet() if mode == "netns" else "127.0.77"
         self._bridge = f"ldm{self._port // PORTS_PER_CLUSTER}"
+        self._slurmd: dict[str, subprocess.Popen[bytes]] = {}
 
     @classmethod
     @contextlib.contextmanager
@@ -141,9 +145,54 @@ class Cluster:
             self.run("scancel", *jobs, check=False)
         until(lambda: not self.run("squeue", "--noheader", check=False), 30, "the queue to be empty")
 
+    # -- faults of nodes (netns only)
+
+    def crash(self, node: str) -> None:
+        """Kill everything that runs on `node` at once, as a power cut does."""
+        for _ in range(3):  # What is being forked meanwhile is found the next time.
+            for pid in _run("ip", "netns", "pids", self._space(node)).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def cut(self, node: str) -> None:
+        """Pull the node's cable; what runs there goes on."""
+        _run("ip", "link", "set", f"{self._bridge}v{self._number(node)}", "down")
+
+    def heal(self) -> None:
+        """Plug in every cable, start the slurmd of every node that has none, and wait until all nodes are idle."""
+        for node in self.nodes:
+            if self.mode == "netns":
+                _run("ip", "link", "set", f"{self._bridge}v{self._number(node)}", "up")
+            if self._slurmd[node].poll() is not None:
+                self._start_node(node)
+        self.run(
+            "scontrol", "update", f"NodeName={','.join(self.nodes)}", "State=DOWN", "Reason=test", check=False
+        )
+        until(lambda: not self.run("squeue", "--noheader", check=False), 30, "the queue to be empty")
+
+        def resumed() -> bool:
+            names = ("--noheader", "--Node", "--states=idle", "--responding", "--format=%N")
+            idle = set(self.run("sinfo", *names, check=False).split())
+            for node in set(self.nodes) - idle:
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+            return len(idle) == len(self.nodes)
+
+        until(resumed, 90, "idle nodes")
+
+    def _number(self, node: str) -> int:
+        return self.nodes.index(node) + 1
+
+    def _space(self, node: str) -> str:
+        return f"{self._bridge}-{self._number(node)}"
+
+    def _start_node(self, node: str) -> None:
+        (self.root / "spool" / node).mkdir(exist_ok=True)
+        self._slurmd[node] = self._daemon(self._stack, *self._node_command(self._number(node), node))
+
     # -- up and down
 
     def _up(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
         for folder in ("etc", "run", "log", "state", "munge", "spool"):
             (self.root / folder).mkdir(mode=0o755)
         (self.root / "munge").chmod(0o700)
@@ -170,9 +219,8 @@ class Cluster:
         if self.mode == "netns":
             self._make_network(stack)
         self._daemon(stack, "slurmctld", "-D", "-i", "-f", str(self.config))
-        for number, node in enumerate(self.nodes, 1):
-            (self.root / "spool" / node).mkdir()
-            self._daemon(stack, *self._node_command(number, node))
+        for node in self.nodes:
+            self._start_node(node)
         stack.callback(self._end_leftovers)
         stack.callback(self.cancel_all)
         names = ("--noheader", "--Node", "--states=idle", "--format=%N")
@@ -236,7 +284,7 @@ class Cluster:
             str(self.config),
         ]
 
-    def _daemon(self, stack: contextlib.ExitStack, *command: str) -> None:
+    def _daemon(self, stack: contextlib.ExitStack, *command: str) -> "subprocess.Popen[bytes]":
         log = stack.enter_context(
             (self.root / "log" / f"{len(list((self.root / 'log').iterdir()))}.out").open("wb")
         )
@@ -249,6 +297,7 @@ class Cluster:
             stderr=subprocess.STDOUT,
         )
         stack.callback(_end, process)
+        return process
 
     def _end_leftovers(self) -> None:
         """Kill what still carries this cluster's config in its environment: step daemons and jobs outlive slurmd."""

@@ -13,11 +13,11 @@ INSTALL = "apt-get install --no-install-recommends munge slurmctld slurmd slurm-
 
 @pytest.fixture(scope="session")
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster of two nodes, up after a second."""
+    """A cluster of four nodes, up after a second."""
     require_root()
     for tool in TOOLS:
         require_tool(tool, INSTALL)
-    with Cluster.start(nodes=2) as cluster:
+    with Cluster.start(nodes=4) as cluster:
         yield cluster
 
 

@@ -19,7 +19,8 @@ from pipeline.training.health.diagnosis import append_event, keys_of, write_diag
 from pipeline.training.health.judge import Health, Trouble, name_some, suspects
 from pipeline.training.health.replicas import Replicas
 from pipeline.training.health.rollback import bad_stretch, merged
-from pipeline.training.saving.save import Checkpoints, RunState
+from pipeline.training.saving.save import Checkpoints
+from pipeline.training.saving.state import RunState
 from pipeline.training.step import Losses
 from pipeline.training.world import World
 

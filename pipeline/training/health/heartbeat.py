@@ -1,7 +1,8 @@
 """A sign of life from each rank: a record of fixed size, written in place, that anyone may read without a lock.
 
 Only the loop writes it, never a thread of its own: a rank that hangs falls silent. Who judges the silence is not
-this process. When a step lasts too long the rank writes its stacks by itself, from C, whatever holds Python's lock.
+this process (`launch.supervisor`). When a step lasts too long the rank writes its stacks by itself, from C, whatever
+holds Python's lock.
 
 One `beat` of a step in which nothing is due costs 0.5 us, one that writes about 0.2 ms (a busy two-core machine); one a
 second is written at most, and one at each change of phase.
@@ -11,6 +12,8 @@ import faulthandler
 import json
 import os
 import socket
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +44,49 @@ class Beat:
     """Seconds since 1970 when it was written: for all others, as exact as the machines' clocks agree."""
     pid: int
     host: str
+    waited_seconds: float = 0.0
+    """How long of its life the loop stood in a collective, told from samples; the slowest rank never waits."""
+
+
+class Waits:
+    """Estimates how long this thread stands in collectives: a second thread looks 20 times a second where it is.
+
+    A thread inside a collective has one of these files on its stack, whichever library called it.
+    """
+
+    PLACES = ("/torch/distributed/", "/deepspeed/comm/", "/pipeline/training/world.py")
+    SECONDS_BETWEEN_LOOKS = 0.05
+    FRAMES = 40
+
+    def __init__(self) -> None:
+        """Watch the thread that calls this."""
+        self.seconds = 0.0
+        self._watched, self._ended = threading.get_ident(), threading.Event()
+        self._thread = threading.Thread(target=self._look, name="waits", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the looking."""
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._ended.wait(self.SECONDS_BETWEEN_LOOKS):
+            now = time.monotonic()
+            if self._in_collective():
+                self.seconds += now - before
+            before = now
+
+    def _in_collective(self) -> bool:
+        frame = sys._current_frames().get(self._watched)
+        for _ in range(self.FRAMES):
+            if frame is None:
+                return False
+            if any(place in frame.f_code.co_filename for place in self.PLACES):
+                return True
+            frame = frame.f_back
+        return False
 
 
 class Heartbeat:
@@ -60,6 +106,7 @@ class Heartbeat:
         self._host, self._pid = socket.gethostname()[:64], os.getpid()
         self._path, self._stacks_path = paths.heartbeat(rank), paths.stacks(rank)
         self._descriptor = self._stacks = -1
+        self._waits: Waits | None = None
 
     def beat(self, step: int) -> None:
         """Say that `step` steps are finished, and give the next one `hang_seconds` from now."""
@@ -91,6 +138,7 @@ class Heartbeat:
         self._stacks = os.open(
             self._stacks_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
         )
+        self._waits = Waits()
         self._write(self._clock())
         return self
 
@@ -98,6 +146,8 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         faulthandler.cancel_dump_traceback_later()
+        if self._waits is not None:
+            self._waits.close()
         self._phase = "stop"
         self._write(self._clock(), armed=False)
         os.close(self._descriptor)
@@ -108,7 +158,17 @@ class Heartbeat:
 
     def _write(self, now_seconds: float, *, armed: bool = True) -> None:
         self._written_seconds = now_seconds
-        beat = Beat(self._rank, self._step, self._phase, now_seconds, time.time(), self._pid, self._host)  # type: ignore[arg-type]
+        waited = round(self._waits.seconds, 2) if self._waits is not None else 0.0
+        beat = Beat(
+            self._rank,
+            self._step,
+            self._phase,  # type: ignore[arg-type]
+            now_seconds,
+            time.time(),
+            self._pid,
+            self._host,
+            waited,
+        )
         os.pwrite(self._descriptor, encode(beat), 0)
         if armed:
             # Here and not at every beat: it starts a thread, and a second more or less makes no difference.

@@ -54,3 +54,11 @@ class Fence:
 
     def _holder(self) -> object:
         return json.loads((self.folder / FENCE_NAME).read_text(encoding="utf-8"))["attempt"]
+
+
+def fence_holder(folder: Path) -> str | None:
+    """Return the newest attempt that has taken the checkpoints in `folder`, None if there was none."""
+    try:
+        return str(json.loads((folder / FENCE_NAME).read_text(encoding="utf-8"))["attempt"])
+    except FileNotFoundError:
+        return None

@@ -18,16 +18,16 @@ from pipeline.publish import file_digest, json_digest, json_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_NAME = "checkpoint.json"
 POINTER_NAME = "latest"
 ASIDE = "damaged-"
 STEP_NAME = re.compile(r"step-\d{8,}")
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 MANIFEST_FIELDS = frozenset(
-    "step samples applied skipped skipped_in_a_row skipped_ranges health loss interval ema scheduler world_size "
-    "zero_stage attempt tracker_run_id config config_digest data_digest parameters versions files format "
-    "digest".split()
+    "step samples data_origin substituted applied skipped skipped_in_a_row skipped_ranges health loss interval ema "
+    "scheduler world_size zero_stage attempt tracker_run_id config config_digest data data_digest parameters versions "
+    "files format digest".split()
 )
 
 
@@ -88,8 +88,8 @@ def read_manifest(checkpoint: Path, fields: frozenset[str] = MANIFEST_FIELDS) ->
     # As it was written, to the byte: 1E-05 is the same number as 1e-05, and one flipped bit away.
     if not whole or text != json_text(manifest):
         raise CheckpointError(f"{path}: its digest does not match its content (damaged or edited)")
-    if manifest.get("format") == 1:
-        manifest = _from_format_1(manifest)
+    while manifest.get("format") in UPGRADES:
+        manifest = UPGRADES[manifest["format"]](manifest)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')!r}, this version reads formats 1 to {FORMAT}; "
@@ -141,6 +141,15 @@ def _from_format_1(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return a manifest of format 1, whose fields all stand in format 2 as they are, with what came since."""
     came: dict[str, Any] = {"skipped_ranges": [], "health": {}, "scheduler": {}, "tracker_run_id": None}
     return {**manifest, **came, "config_digest": json_digest(manifest.get("config")), "format": 2}
+
+
+def _from_format_2(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest of format 2 in format 3: its data was never changed, and nothing was kept of substitutes."""
+    return {**manifest, "data_origin": 0, "substituted": [], "data": {}, "format": 3}
+
+
+# Format -> what makes the next one of it.
+UPGRADES = {1: _from_format_1, 2: _from_format_2}
 
 
 def _forget_cache(path: Path) -> None:

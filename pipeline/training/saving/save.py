@@ -10,106 +10,30 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.publish import json_digest
 from pipeline.training.averages.ema import Ema
 from pipeline.training.fragments import Fragments
 from pipeline.training.health.rollback import put_aside
-from pipeline.training.saving.checkpoint import (
-    choose_checkpoint,
-    load_stretches,
-    on_first_rank,
-    refuse_other_model,
-)
+from pipeline.training.saving.checkpoint import on_first_rank
 from pipeline.training.saving.commit import HEADER_BYTES, Draft, publish, refuse_failed
 from pipeline.training.saving.fence import Fence
 from pipeline.training.saving.fragment_file import Stretch, write_stretches
-from pipeline.training.saving.manifest import committed, rank_file, set_aside
-from pipeline.training.saving.retention import Retention
+from pipeline.training.saving.manifest import committed, rank_file
+from pipeline.training.saving.plan import BUSY, COMMITTED, FAILED, STALE, Flight, Phase, Plan
+from pipeline.training.saving.resume import load_newest
 from pipeline.training.saving.staging import Staging
+from pipeline.training.saving.state import RunState, merged_substitutes, stretches
 from pipeline.training.saving.writer import Writer, explain_os_error
 from pipeline.training.world import Pending, World
 
 logger = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 3
-
-
-@dataclass
-class RunState:
-    """Where a run stands, in plain numbers: everything a resume needs beside the tensors."""
-
-    step: int = 0
-    """Finished steps, skipped ones included."""
-    samples: int = 0
-    """Samples consumed: the whole state of the data."""
-    skipped: int = 0
-    """Steps whose gradients were not finite; the rest were applied."""
-    skipped_in_a_row: int = 0
-    skipped_ranges: list[list[int]] = field(default_factory=list)
-    """Stretches [first, stop) of positions that the run leaves out, by a rollback: multiples of the global batch."""
-    loss: float | None = None
-    """Mean loss of the last record."""
-    interval: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    """This rank's [sum of losses, applied steps] since the last record: the next record is then the same one."""
-    health: dict[str, Any] = field(default_factory=dict)
-    """What the last steps were like (`Health.to_json`): the same run finds the same spikes."""
-
-    @property
-    def applied(self) -> int:
-        """Steps that moved the weights: Adam's count."""
-        return self.step - self.skipped
-
-    def count(self, applied: bool, samples: int) -> None:
-        """Count one finished step; a skipped one has consumed its samples too."""
-        self.step += 1
-        self.samples += samples
-        self.skipped += not applied
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-
-
-class Phase(Enum):
-    """Where the save in flight stands: the same on all ranks, for it moves only by what they agree on."""
-
-    IDLE = "idle"
-    WRITING = "writing"
-    COMMITTING = "committing"
-
-
-# What a rank tells the others in each phase; the largest counts. BUSY is above every ending.
-COMMITTED, FAILED, STALE, BUSY = range(4)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """When to save and what to keep."""
-
-    retention: Retention
-    every_seconds: float | None = None
-    """A save is due this long after the last one began, beside those due by step."""
-
-
-def save_plan(config: TrainConfig) -> Plan:
-    """Return the plan that the config asks for."""
-    return Plan(Retention(config.keep_last, config.keep_every), config.checkpoint_every_seconds)
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A save on its way: its draft and what its manifest will say."""
-
-    draft: Draft
-    step: int
-    numbers: Mapping[str, Any]
-    need_bytes: int
-    began_seconds: float
 
 
 class Checkpoints:
@@ -128,7 +52,8 @@ class Checkpoints:
     ) -> None:
         """Prepare to resume from and save to `folder`.
 
-        `facts` go into every manifest as they are: attempt, config, data_digest, scheduler, zero_stage, versions.
+        `facts` go into every manifest as they are: attempt, config, data_digest and data, scheduler, zero_stage,
+        versions.
         `tracker_run_id` is asked at each save: a tracker may only come to know it after the start.
         """
         self._folder, self._world, self._fragments, self._ema = folder, world, fragments, ema
@@ -152,7 +77,7 @@ class Checkpoints:
         self.stall_seconds = 0.0
         """What all saves of this attempt have made the training wait."""
 
-    def resume(self) -> tuple[RunState, Mapping[str, Any]] | None:
+    def resume(self, *, accept_data_change: bool = False) -> tuple[RunState, Mapping[str, Any]] | None:
         """Load the newest valid checkpoint into this rank's shards; return the state and the manifest.
 
         None when nothing was ever committed. Takes the fence: an older attempt that still lives can no longer
@@ -161,29 +86,26 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and none can be trusted.
             ConfigError: the checkpoint is of another model.
+            DataError: it was trained on other data, and that was not accepted.
         """
         on_first_rank(self._world, self.fence.take)
-        chosen = choose_checkpoint(self._folder, self._world)
-        if chosen is None:
-            return None
-        checkpoint, manifest, damaged = chosen
-        refuse_other_model(checkpoint, manifest["parameters"], self._fragments.shapes)
-        changes = self._ema.load_json(manifest["ema"])
-        load_stretches(checkpoint, manifest, self._stretches(resident=True), self._world)
-        self._fragments.loaded(manifest["applied"])
-        self._ema.loaded()
-        if self._world.is_first:
-            for line in changes:
-                logger.warning("%s: %s", checkpoint, line)
-        on_first_rank(self._world, lambda: set_aside(damaged))
-        self.saved_step = manifest["step"]
-        numbers = {entry.name: manifest[entry.name] for entry in fields(RunState) if entry.name != "interval"}
-        return RunState(**numbers, interval=self._interval(manifest)), manifest
+        loaded = load_newest(
+            self._folder,
+            self._world,
+            self._fragments,
+            self._ema,
+            self._facts,
+            accept_data_change=accept_data_change,
+        )
+        if loaded is not None:
+            self.saved_step = loaded[0].step
+        return loaded
 
     def rewind(self, first_step: int) -> RunState | None:
         """Load the newest valid checkpoint from before step `first_step` and return its state; the later ones step aside.
 
-        None when there is none, and nothing is changed then. Raises what `resume` and `poll` raise.
+        None when there is none, and nothing is changed then. Raises what `resume` and `poll` raise: no run goes back
+        behind a change of its data by itself.
         """
         self.settle()
         on_first_rank(self._world, lambda: self.fence.refuse_stale(self._folder))
@@ -203,8 +125,8 @@ class Checkpoints:
         if self._phase is not Phase.IDLE:
             self._wait_for_flight(state.step)
         assert self._fragments.updates == state.applied, (self._fragments.updates, state)
-        staged = self._staging.copy(self._stretches(resident=False))
-        numbers = asdict(state) | {"applied": state.applied, "ema": self._ema.to_json()}
+        staged = self._staging.copy(stretches(self._fragments, self._ema, resident=False))
+        numbers = state.to_json() | {"ema": self._ema.to_json()}
         self._begun += 1
         draft = Draft.of(self._folder, state.step, f"{self._token}-{self._begun}")
         self._flight = Flight(draft, state.step, numbers, self._need_bytes(staged), began_seconds)
@@ -296,7 +218,8 @@ class Checkpoints:
 
     def _write(self, flight: Flight, staged: list[Stretch]) -> dict[str, Any]:
         """Write this rank's file, on its thread; return what the manifest says of it, or what went wrong."""
-        record: dict[str, Any] = {"interval": flight.numbers["interval"], "said": ""}
+        own = {name: flight.numbers[name] for name in ("interval", "substituted")}
+        record: dict[str, Any] = {**own, "said": ""}
         path = flight.draft.beside / rank_file(self._world.rank)
         try:
             if self._world.is_first:
@@ -361,6 +284,7 @@ class Checkpoints:
             **self._facts,
             **flight.numbers,
             "interval": [record["interval"] for record in records],
+            "substituted": merged_substitutes([record["substituted"] for record in records]),
             "config_digest": json_digest(self._facts["config"]),
             "tracker_run_id": self._tracker_run_id(),
             "world_size": self._world.world_size,
@@ -372,22 +296,3 @@ class Checkpoints:
         """Return the bytes that the files of all ranks take: every kind of state is as large as the model."""
         kinds = {stretch.kind for stretch in staged}
         return 4 * len(kinds) * self._fragments.total + HEADER_BYTES
-
-    def _stretches(self, *, resident: bool) -> list[Stretch]:
-        """Return what is saved, or, with `resident`, what loading has to fill."""
-        fragments = self._fragments.resident if resident else self._fragments.owned
-        adam = [
-            Stretch(kind, fragment.name, fragment.start, getattr(fragment, kind))
-            for kind in ("master", "exp_avg", "exp_avg_sq")
-            for fragment in fragments
-        ]
-        held = self._ema.held(to_load=resident)
-        return adam + [Stretch(kind, fragment.name, fragment.start, mean) for kind, fragment, mean in held]
-
-    def _interval(self, manifest: Mapping[str, Any]) -> list[float]:
-        """Return this rank's part of the open interval; at another world size rank 0 takes it all."""
-        parts: list[list[float]] = manifest["interval"]
-        if len(parts) == self._world.world_size:
-            return list(parts[self._world.rank])
-        losses, counts = zip(*parts, strict=True)
-        return [sum(losses) if self._world.is_first else 0.0, counts[0]]

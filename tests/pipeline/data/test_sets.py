@@ -8,8 +8,8 @@ import pytest
 from pipeline.config import DataConfig, EngineConfig, MixedSet, ObjectiveConfig
 from pipeline.data.loader import LatentLoader
 from pipeline.data.mixture import Mixture, is_local_disk, uses_lanes
-from pipeline.data.sets import data_digest, data_origin, open_datasets
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.sets import open_datasets
+from pipeline.errors import ConfigError
 from pipeline.latents.reader import LatentDataset
 from tests.pipeline.data.datasets import square_shards, with_captions, write_dataset
 
@@ -18,17 +18,13 @@ def test_default_one_and_several(tmp_path: Path) -> None:
     a = write_dataset(tmp_path / "a", square_shards(5), seed=1)
     b = write_dataset(tmp_path / "b", square_shards(6), seed=2)
     (found,) = open_datasets(DataConfig(), a)
-    assert found.folder == a and data_digest([found], DataConfig()) == found.manifest.digest
+    assert found.folder == a
     (other,) = open_datasets(DataConfig(dataset=str(b)), a)
     assert other.folder == b
     mix = (MixedSet(dataset=str(a), weight=1.0), MixedSet(dataset=str(b), weight=2.0))
     data = DataConfig(mix=mix)
     both = open_datasets(data, tmp_path / "nowhere")
     assert [dataset.folder for dataset in both] == [a, b]
-    other_weights = DataConfig(mix=(mix[0], MixedSet(dataset=str(b), weight=3.0)))
-    assert (
-        len({data_digest(both, data), data_digest(both, other_weights), data_digest(both[::-1], data)}) == 3
-    )
     with pytest.raises(ValueError, match="exclude each other"):
         DataConfig(dataset="a", mix=mix)
 
@@ -41,16 +37,6 @@ def test_sets_that_do_not_go_together_are_refused_by_field(tmp_path: Path) -> No
     data = DataConfig(mix=(MixedSet(dataset="a"), MixedSet(dataset="b")))
     with pytest.raises(ConfigError, match=r"max_captions of .*b is 2, of .*a it is 1"):
         Mixture(sets, seed=0, global_batch=2, data=data)
-
-
-def test_a_changed_data_set_needs_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    assert data_origin("same", "same", 40, 100, accept_change=False) == 40
-    with pytest.raises(
-        DataError, match=r"trained on the data set old.*the config's is new.*--accept-data-change"
-    ):
-        data_origin("old", "new", 40, 100, accept_change=False)
-    assert data_origin("old", "new", 40, 100, accept_change=True) == 100
-    assert "a new epoch starts at position 100" in caplog.text
 
 
 def test_a_new_epoch_begins_at_the_origin(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import SampleConfig
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import GuidedNetwork, drop_captions, guide, rescale
 
 TEXT, AWAY = torch.full((2, 3, 4), 2.0), torch.full((2, 3, 4), -1.0)
@@ -19,7 +20,7 @@ def network(z_BCHW: Tensor, times_B: Tensor, text_BLD: Tensor) -> Tensor:
 def guided(share: float = 0.5, **fields: object) -> Tensor:
     sample = SampleConfig.model_validate(fields)
     z = torch.arange(8.0).view(2, 1, 2, 2)
-    return GuidedNetwork(network, TEXT, AWAY, sample)(z, torch.tensor(500), share)
+    return GuidedNetwork(network, Conditioning(TEXT), Conditioning(AWAY), sample)(z, torch.tensor(500), share)
 
 
 def test_scale_one_is_conditional_and_zero_unconditional() -> None:
@@ -49,6 +50,35 @@ def test_rescaling_gives_back_the_spread_of_the_conditional_prediction() -> None
 
 
 def test_dropped_captions_become_the_null_text_and_no_others() -> None:
-    null = torch.zeros(1, 3, 4)
-    found = drop_captions(TEXT, null, torch.tensor([True, False]))
-    assert torch.equal(found[0], null[0]) and torch.equal(found[1], TEXT[1])
+    null, dropped = torch.zeros(1, 3, 4), torch.tensor([True, False])
+    found = drop_captions(Conditioning(TEXT), Conditioning(null), dropped)
+    assert torch.equal(found.text_BLD[0], null[0]) and torch.equal(found.text_BLD[1], TEXT[1])
+    assert found.inputs == (found.text_BLD,)
+
+
+def test_states_and_pooled_text_are_dropped_together_and_sizes_stay() -> None:
+    pooled, sizes = torch.full((2, 5), 3.0), torch.arange(12.0).view(2, 6)
+    null = Conditioning(torch.zeros(1, 3, 4), torch.full((1, 5), -7.0))
+    found = drop_captions(Conditioning(TEXT, pooled, sizes), null, torch.tensor([False, True]))
+    assert found.pooled_BP is not None and torch.equal(found.text_BLD[0], TEXT[0])
+    assert torch.equal(found.text_BLD[1], torch.zeros(3, 4))
+    assert found.pooled_BP.tolist() == [[3.0] * 5, [-7.0] * 5]
+    assert found.time_ids_BS is sizes
+
+
+def test_every_condition_meets_its_half_of_the_batch() -> None:
+    """SDXL: the away half gets its own text, pooled text and sizes, in front of the other."""
+    towards = Conditioning(TEXT, torch.full((2, 5), 3.0), torch.full((2, 6), 1024.0))
+    away = Conditioning(AWAY[:1], torch.full((1, 5), -3.0), torch.full((1, 6), 512.0)).expanded(2)
+    seen: list[tuple[Tensor, ...]] = []
+
+    def sdxl(z_BCHW: Tensor, times_B: Tensor, *conditions: Tensor) -> Tensor:
+        seen.append(conditions)
+        return z_BCHW
+
+    GuidedNetwork(sdxl, towards, away, SampleConfig(guidance_scale=3.0))(
+        torch.ones(2, 1, 2, 2), torch.tensor(500), 0.5
+    )
+    (found,) = seen
+    for part, first, second in zip(found, away.inputs, towards.inputs, strict=True):
+        assert torch.equal(part, torch.cat([first, second]))

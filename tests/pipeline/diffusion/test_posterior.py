@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from pipeline.diffusion.guidance import drop_captions, guide
+from pipeline.diffusion.guidance import guide
 from pipeline.diffusion.posterior import sample_posterior, scale_latents, split_moments, unscale_latents
 
 
@@ -29,10 +29,7 @@ def test_scaled_latents_have_unit_variance_only_when_scaled_once() -> None:
     assert torch.allclose(unscale_latents(once, 0.18215, 0.3), z, atol=1e-5)
 
 
-def test_guidance_ends_and_dropout() -> None:
+def test_guidance_ends() -> None:
     unconditional, conditional = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
     assert torch.allclose(guide(unconditional, conditional, 1.0), conditional, atol=1e-6)
     assert torch.equal(guide(unconditional, conditional, 0.0), unconditional)
-    text, null = torch.randn(3, 5, 2), torch.full((1, 5, 2), 7.0)
-    dropped = drop_captions(text, null, torch.tensor([True, False, True]))
-    assert (dropped[[0, 2]] == 7).all() and torch.equal(dropped[1], text[1])

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from pydantic import ValidationError
 
 from pipeline.config import ObjectiveConfig
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.objective import denoising_loss, per_sample_loss, target, x0_from_prediction
 from pipeline.diffusion.schedule import Schedule, add_noise, betas
 
@@ -56,7 +57,7 @@ def test_the_target_inverts_to_the_clean_latents(prediction) -> None:
 
 def test_the_loss_is_zero_for_the_truth_and_one_for_silence() -> None:
     schedule = Schedule.from_config(ObjectiveConfig())
-    x0, noise, text = torch.zeros(64, 4, 8, 8), torch.randn(64, 4, 8, 8), torch.zeros(64, 1, 1)
+    x0, noise, text = torch.zeros(64, 4, 8, 8), torch.randn(64, 4, 8, 8), Conditioning(torch.zeros(64, 1, 1))
     t = torch.arange(64) * 15
 
     def truth(z, timesteps, text):
@@ -137,7 +138,9 @@ def test_the_loss_uses_the_schedule_of_its_size_and_tells_the_network_its_time()
         return torch.zeros_like(z)
 
     x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    loss = denoising_loss(silent, x0, torch.zeros(1, 1, 1), noise, torch.tensor([499]), schedule, "flow")
+    loss = denoising_loss(
+        silent, x0, Conditioning(torch.zeros(1, 1, 1)), noise, torch.tensor([499]), schedule, "flow"
+    )
     assert seen[0].tolist() == pytest.approx([1000 * 2 / 3])
     torch.testing.assert_close(loss, (noise - x0).square().mean().view(1))
 
@@ -151,6 +154,8 @@ def test_input_perturbation_changes_the_input_and_not_the_target() -> None:
         seen.append(z)
         return torch.zeros_like(z)
 
-    loss = denoising_loss(silent, x0, torch.zeros(1, 1, 1), noise, t, schedule, "epsilon", mixed)
+    loss = denoising_loss(
+        silent, x0, Conditioning(torch.zeros(1, 1, 1)), noise, t, schedule, "epsilon", mixed
+    )
     torch.testing.assert_close(loss, noise.square().mean().view(1))
     torch.testing.assert_close(seen[0], add_noise(x0, mixed, *schedule.alpha_sigma(t)))

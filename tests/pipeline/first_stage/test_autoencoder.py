@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from pipeline.config import AutoencoderConfig, RunConfig
 from pipeline.errors import CheckpointError, ConfigError, DivergedError
-from pipeline.first_stage.autoencoder import AutoencoderLoss, train_autoencoder
-from pipeline.first_stage.loop import checkpoint_folder
-from pipeline.first_stage.measure import latent_statistics, reconstruction_psnr_db
+from pipeline.first_stage.autoencoder import train_autoencoder
+from pipeline.first_stage.autoencoder_trainee import Reconstruction
+from pipeline.first_stage.measure import latent_statistics, reconstruction_quality
+from pipeline.first_stage.stage import checkpoint_folder
+from pipeline.first_stage.terms import kl_loss, l1_loss
 from pipeline.models.autoencoder import FrozenAutoencoder, build_autoencoder
 from pipeline.models.pixels import images_from_pixels
 from pipeline.paths import RunPaths
@@ -198,15 +200,15 @@ def test_an_epoch_shows_every_picture_once_flipped_or_not_under_fresh_noise(
     make_config: MakeConfig, pairs: list[Pair], run_paths: MakePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    forward = AutoencoderLoss.forward
+    forward = Reconstruction.forward
 
     def watched(
-        network: AutoencoderLoss, images: torch.Tensor, noise: torch.Tensor
+        network: Reconstruction, images: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         seen.append((images, noise))
         return forward(network, images, noise)
 
-    monkeypatch.setattr(AutoencoderLoss, "forward", watched)
+    monkeypatch.setattr(Reconstruction, "forward", watched)
     train_autoencoder(make_config(autoencoder={"steps": 8}), pairs, run_paths("run"))
     pixels = (torch.cat([images for images, _ in seen]) + 1.0).mul(127.5).round().permute(0, 2, 3, 1)
     flips = Counter[str]()
@@ -230,20 +232,19 @@ def test_an_epoch_shows_every_picture_once_flipped_or_not_under_fresh_noise(
     assert float((noise @ noise.T / 256.0 - torch.eye(32)).abs().max()) < 0.4, "noise was used twice"
 
 
-def test_loss_equals_diffusers_own_terms(make_config: MakeConfig, pairs: list[Pair]) -> None:
-    section = section_of(make_config(autoencoder={"precision": "fp32", "kl_weight": 0.5}))
+def test_terms_equal_diffusers_own(make_config: MakeConfig, pairs: list[Pair]) -> None:
+    section = section_of(make_config(autoencoder={"precision": "fp32"}))
     torch.manual_seed(0)
     model = build_autoencoder(section, 16)
     images = images_from_pixels(np.stack([pair.image for pair in pairs[:4]]))
     noise = torch.randn(4, 4, 8, 8)
-    loss, l1, kl = AutoencoderLoss(model, section)(images, noise)
+    decoded, mean, logvar = Reconstruction(model, "fp32")(images, noise)
     posterior = model.encode(images).latent_dist
-    latents = posterior.mean + posterior.std * noise
-    expected_l1 = torch.nn.functional.l1_loss(model.decode(latents).sample, images)
+    expected = model.decode(posterior.mean + posterior.std * noise).sample
+    torch.testing.assert_close(decoded, expected)
+    torch.testing.assert_close(l1_loss(decoded, images), torch.nn.functional.l1_loss(expected, images))
     expected_kl = posterior.kl().sum() / images.numel()
-    torch.testing.assert_close(l1, expected_l1)
-    torch.testing.assert_close(kl, expected_kl)
-    torch.testing.assert_close(loss, expected_l1 + 0.5 * expected_kl)
+    torch.testing.assert_close(kl_loss(mean, logvar, images.numel()), expected_kl)
 
 
 def test_scaling_factor_is_one_over_the_std_of_drawn_latents(
@@ -290,7 +291,7 @@ def test_statistics_need_no_particular_batching(make_config: MakeConfig, pairs: 
     split = latent_statistics(model, iter(images.split(7)))
     assert whole.images == split.images == 40
     assert whole.scaling_factor == pytest.approx(split.scaling_factor, rel=1e-6)
-    assert reconstruction_psnr_db(model, iter([])) is None
+    assert reconstruction_quality(model, iter([])).psnr_db is None
 
 
 def test_no_first_stage_and_sizes_that_do_not_fit(
@@ -330,5 +331,5 @@ def test_nothing_but_whole_names_in_the_run_folder(
     paths = run_paths("run")
     train_autoencoder(make_config(), pairs, paths)
     files = {path.name for path in paths.autoencoder.iterdir()}
-    assert files == {"config.json", WEIGHTS, "first_stage.json"}
+    assert files == {"config.json", WEIGHTS, "first_stage.json", "reconstruction.png"}
     assert not list(Path(paths.root).rglob(".*"))

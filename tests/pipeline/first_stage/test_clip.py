@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import CLIPModel
 
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
-from pipeline.first_stage.clip import clamp_temperature, contrastive_loss, train_clip
-from pipeline.first_stage.loop import checkpoint_folder
+from pipeline.first_stage.clip import clamp_temperature, train_clip
+from pipeline.first_stage.contrastive import contrastive_loss, gathered_loss
 from pipeline.first_stage.measure import retrieval
+from pipeline.first_stage.stage import checkpoint_folder
 from pipeline.models.pixels import images_from_pixels
 from pipeline.models.text_encoder import FrozenTextEncoder
 from pipeline.paths import RunPaths
@@ -153,6 +155,50 @@ def test_equal_captions_are_no_negatives() -> None:
     torch.testing.assert_close(contrastive_loss(image, text, torch.tensor(7.0), ids), total / 10)
     everything_equal = contrastive_loss(image, text, torch.tensor(7.0), torch.zeros(5, dtype=torch.int64))
     assert float(everything_equal) == 0.0
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """What `gathered_loss` sees of accelerate in one of several processes."""
+
+    process_index: int
+    num_processes: int
+    rows: list[torch.Tensor]
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """Return all processes' rows: those of `rows` that our own are a part of."""
+        share = len(own)
+        mine = slice(self.process_index * share, (self.process_index + 1) * share)
+        return next(rows for rows in self.rows if torch.allclose(rows[mine], own))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_gathered_gradient_is_that_of_one_process(processes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    ids = torch.tensor([0, 1, 2, 3, 1, 4, 5, 6])
+    towers = [torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    leaves = [*towers, scale]
+
+    def rows(part: slice) -> list[torch.Tensor]:
+        both = zip((images, texts), towers, strict=True)
+        return [functional.normalize(values[part] @ tower, dim=1) for values, tower in both]
+
+    whole = rows(slice(None))
+    loss = contrastive_loss(whole[0], whole[1], scale, ids)
+    expected = torch.autograd.grad(loss, leaves)
+    found = [torch.zeros_like(leaf) for leaf in leaves]
+    for rank in range(processes):
+        share = 8 // processes
+        accelerator: Any = OneOf(rank, processes, [part.detach() for part in rows(slice(None))])
+        own = rows(slice(rank * share, (rank + 1) * share))
+        part_loss = gathered_loss(accelerator, own[0], own[1], scale, ids)
+        assert float(part_loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-12)
+        grads = torch.autograd.grad(part_loss * processes, leaves)
+        found = [total + grad / processes for total, grad in zip(found, grads, strict=True)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_temperature_stays_between_1_and_100() -> None:

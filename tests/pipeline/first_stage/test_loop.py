@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
-from pipeline.first_stage import loop
+from pipeline.first_stage import stage
 
-RECIPE = loop.Recipe(
+RECIPE = stage.Recipe(
     kind="autoencoder",
     batch=4,
     steps=100,
@@ -25,19 +25,19 @@ RECIPE = loop.Recipe(
 
 
 def test_learning_rate_warms_up_then_falls_to_zero() -> None:
-    rates = [loop.learning_rate(RECIPE, step) for step in range(100)]
-    assert rates[:11] == pytest.approx([0.2 * (step + 1) for step in range(10)] + [2.0])
-    assert rates[55] == pytest.approx(1.0)
+    rates = [stage.learning_rate_factor(RECIPE, step) for step in range(100)]
+    assert rates[:11] == pytest.approx([0.1 * (step + 1) for step in range(10)] + [1.0])
+    assert rates[55] == pytest.approx(0.5)
     assert 0.0 < rates[99] < 1e-3 and all(before > after for before, after in pairwise(rates[10:]))
     plain = dataclasses.replace(RECIPE, warmup_steps=0)
-    assert loop.learning_rate(plain, 0) == 2.0
+    assert stage.learning_rate_factor(plain, 0) == 1.0
     short = dataclasses.replace(RECIPE, steps=5)
-    assert loop.learning_rate(short, 4) == pytest.approx(1.0)
+    assert stage.learning_rate_factor(short, 4) == pytest.approx(0.5)
 
 
 def test_only_matrices_and_kernels_decay() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4))
-    optimizer = loop._adamw(network, dataclasses.replace(RECIPE, weight_decay=0.1))
+    optimizer = stage.adamw(network, dataclasses.replace(RECIPE, weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in network.named_parameters()} == {
         "0.weight": 0.1,
@@ -51,8 +51,8 @@ def test_only_matrices_and_kernels_decay() -> None:
 
 
 def test_processes_must_divide_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = loop.start_accelerator(7, "first_stage.clip.batch")
+    accelerator = stage.start_accelerator(7, "first_stage.clip.batch")
     assert accelerator.num_processes == 1 and accelerator.device == torch.device(accelerator.device.type)
     monkeypatch.setattr(type(accelerator), "num_processes", property(lambda self: 4))
     with pytest.raises(ConfigError, match=r"first_stage\.clip\.batch 7 is not a multiple of the 4 processes"):
-        loop.start_accelerator(7, "first_stage.clip.batch")
+        stage.start_accelerator(7, "first_stage.clip.batch")

@@ -12,6 +12,16 @@ from torch import nn
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.first_stage import resume
 
+
+def save(folder: Path, number: int, network: nn.Module, optimizer: torch.optim.AdamW) -> Path:
+    """Save what a learner would."""
+    parts = {
+        "model": network.state_dict(),
+        "optimizer": resume.optimizer_tensors(network, optimizer),
+    }
+    return resume.save(folder, number, parts, ABOUT)
+
+
 ABOUT: dict[str, dict[str, Any]] = {"settings": {"seed": 1}, "noted": {"first_loss": 0.5}}
 
 
@@ -46,7 +56,7 @@ def test_restored_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
     network, optimizer = make(0)
     for number in range(3):
         step(network, optimizer, number)
-    resume.save(tmp_path, 3, network, optimizer, ABOUT)
+    save(tmp_path, 3, network, optimizer)
     other, other_optimizer = make(1)
     saved = resume.newest(tmp_path)
     assert saved is not None and (saved.step, saved.settings, saved.noted) == (
@@ -54,7 +64,9 @@ def test_restored_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
         {"seed": 1},
         {"first_loss": 0.5},
     )
-    resume.restore(saved, other, other_optimizer)
+    parts = resume.load(saved)
+    other.load_state_dict(parts["model"])
+    resume.restore_optimizer(parts["optimizer"], other, other_optimizer)
     for number in range(3, 9):
         step(network, optimizer, number)
         step(other, other_optimizer, number)
@@ -70,7 +82,7 @@ def test_two_are_kept_and_later_leftovers_go(tmp_path: Path) -> None:
     network, optimizer = make(0)
     step(network, optimizer, 0)
     for number in (10, 20, 30, 25):
-        resume.save(tmp_path, number, network, optimizer, ABOUT)
+        save(tmp_path, number, network, optimizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000025"]
     assert resume.newest(tmp_path / "nowhere") is None
 
@@ -95,7 +107,7 @@ def test_two_are_kept_and_later_leftovers_go(tmp_path: Path) -> None:
         ),
         (lambda path: (path / "checkpoint.json").write_text("{}"), "checkpoint.json is not readable"),
         (lambda path: edit(path, step=11), "checkpoint.json has another digest"),
-        (lambda path: edit(path, format=2), "format 2, this version reads 1"),
+        (lambda path: edit(path, format=3), "format 3, this version reads 2"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_taken(
@@ -103,8 +115,8 @@ def test_damage_is_named_and_the_one_before_is_taken(
 ) -> None:
     network, optimizer = make(0)
     step(network, optimizer, 0)
-    resume.save(tmp_path, 10, network, optimizer, ABOUT)
-    damage(resume.save(tmp_path, 20, network, optimizer, ABOUT))
+    save(tmp_path, 10, network, optimizer)
+    damage(save(tmp_path, 20, network, optimizer))
     saved = resume.newest(tmp_path)
     assert saved is not None and saved.step == 10
     assert "step-00000020" in caplog.text and said in caplog.text

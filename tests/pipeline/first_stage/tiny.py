@@ -16,6 +16,14 @@ from pipeline.first_stage.autoencoder import train_autoencoder
 from pipeline.first_stage.clip import train_clip
 from pipeline.paths import RunPaths
 
+# Every term at once: what two processes must share, and what a checkpoint must hold.
+FULL: dict[str, Any] = {
+    "precision": "fp32",
+    "gradient_weight": 0.5,
+    "crop": 8,
+    "perceptual": {"weight": 0.5, "width": 8, "batch": 4, "steps": 7},
+    "adversarial": {"weight": 0.5, "start": 4, "width": 8, "layers": 2},
+}
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 200, 60),
@@ -96,6 +104,7 @@ def tiny_config(
     """Return a config of seconds, with the named entries of `first_stage` changed."""
     small_autoencoder = {
         "block_out_channels": (8, 16),
+        "ema_decay": 0.9,
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "mid_block_attention": False,
@@ -141,7 +150,7 @@ def main() -> None:
     """Train KIND into RUN_FOLDER as one of the processes that the environment tells of."""
     kind, folder = sys.argv[1:]
     train = train_autoencoder if kind == "autoencoder" else train_clip
-    train(tiny_config(autoencoder={"precision": "fp32"}), drawn_pairs(), RunPaths(Path(folder)))
+    train(tiny_config(autoencoder=FULL), drawn_pairs(), RunPaths(Path(folder)))
 
 
 if __name__ == "__main__":

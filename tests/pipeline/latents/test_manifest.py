@@ -97,6 +97,29 @@ def test_all_mismatches_at_once_and_none_where_all_fits(tmp_path: Path) -> None:
     assert len(mismatches(MANIFEST, config)) == 3
 
 
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("pooled_width", "said"),
+    [
+        (20, []),
+        (None, ["model.addition_embed_type is 'text_time', the data set has no pooled text"]),
+        (24, ["input_dim is 68, the data set's pooled text of 24 and six sizes of 8 need 72"]),
+    ],
+)
+def test_sdxl_needs_the_pooled_text_that_its_embedding_takes(
+    tmp_path: Path, pooled_width: int | None, said: list[str]
+) -> None:
+    spec = dataclasses.replace(MANIFEST.spec, pooled_width=pooled_width)
+    lines = mismatches(dataclasses.replace(MANIFEST, spec=spec), tiny_config(tmp_path, model=SDXL))
+    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
+
+
 def test_latents_must_halve_as_often_as_the_network(tmp_path: Path) -> None:
     odd = dataclasses.replace(MANIFEST, buckets=[{"height": 16, "width": 18, "train": 8, "validation": 2}])
     (line,) = mismatches(odd, tiny_config(tmp_path))

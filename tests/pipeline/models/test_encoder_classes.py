@@ -16,7 +16,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertModel,
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
@@ -31,9 +30,9 @@ from pipeline.models.text_pair import TextEncoderPair, load_text_encoder
 from preprocessing.encoder import PairEncoder
 from tests.builders import CAPTIONS, tiny_autoencoder, tiny_pictures
 from tests.preprocessing.builders import encode_config
+from tests.sdxl import TOKENS, clip_pair
 
 IMAGES = torch.from_numpy(tiny_pictures(2, 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
-TOKENS = 12
 
 
 def autoencoders() -> dict[str, Any]:
@@ -147,44 +146,6 @@ def test_what_overflows_fp16_inside_the_model_is_stored_all_the_same(tmp_path: P
     assert fp16.retried.all() and not fp32.retried.any()
     assert np.array_equal(fp16.arrays["latent"], fp32.arrays["latent"])
     assert fp16.remarks(0)[-1] == "fp32_retry"
-
-
-def clip_text(folder: Path, tokenizer: CLIPTokenizer, **sizes: Any) -> CLIPTextModelWithProjection:
-    """Write a random text tower with projection as diffusers pipelines keep it, and return it."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=TOKENS,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sizes,
-    )
-    model = CLIPTextModelWithProjection(config).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder.parent / folder.name.replace("text_encoder", "tokenizer"))
-    return model
-
-
-def clip_pair(root: Path) -> tuple[Path, Path]:
-    """Write the two text encoders of an SDXL folder, the second padding with "!" as OpenCLIP does."""
-    torch.manual_seed(3)
-    tokenizer = train_tokenizer(CAPTIONS, 600, TOKENS)
-    clip_text(
-        root / "text_encoder",
-        tokenizer,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        projection_dim=16,
-    )
-    other = train_tokenizer(CAPTIONS, 600, TOKENS)
-    other.pad_token = "!"
-    clip_text(
-        root / "text_encoder_2", other, hidden_size=24, intermediate_size=48, num_hidden_layers=4, projection_dim=20,
-        hidden_act="gelu",
-    )  # fmt: skip
-    return root / "text_encoder", root / "text_encoder_2"
 
 
 def test_the_sdxl_pair(tmp_path: Path) -> None:

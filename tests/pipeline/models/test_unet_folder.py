@@ -22,7 +22,7 @@ from pipeline.models.unet_folder import (
     save_unet,
     unet_config,
 )
-from tests.pipeline.models.test_unet import (
+from tests.pipeline.models.unets import (
     REFINER,
     SD2,
     SD15,

@@ -8,8 +8,9 @@ import torch
 from pipeline.config import EmaConfig
 from pipeline.training.averages.ema import Ema
 from pipeline.training.fragments import Fragment
+from pipeline.training.saving.plan import Plan
 from pipeline.training.saving.retention import Retention
-from pipeline.training.saving.save import Checkpoints, Plan
+from pipeline.training.saving.save import Checkpoints
 from pipeline.training.world import World
 
 SHAPES = {"layer.weight": (4, 3), "layer.bias": (5,)}
@@ -58,7 +59,7 @@ def stand_in_checkpoints(
     """Return the checkpoints in `folder` of a state in one process, and its average."""
     ema = Ema(fragments, EmaConfig(decay=0.9))  # type: ignore[arg-type]
     facts = {"attempt": attempt, "config": {}, "data_digest": "d", "zero_stage": 1, "versions": {}}
-    facts |= {"scheduler": {"schedule": "constant"}}
+    facts |= {"scheduler": {"schedule": "constant"}, "data": {}}
     checkpoints = Checkpoints(
         folder,
         world=World(),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.config import ObjectiveConfig
 from pipeline.data.batch import LatentBatch
+from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.schedule import Schedule
 from pipeline.training.step import TrainStep
 
@@ -47,7 +48,7 @@ def test_the_input_has_the_input_noise_and_the_target_has_not(perturbed: bool) -
     config: Any = SimpleNamespace(objective=objective, seed=0, engine=SimpleNamespace(global_batch=1))
     world: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, rank=0)
     spec: Any = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0)
-    text: Any = SimpleNamespace(states=lambda _: torch.zeros(1, 1, 1))
+    text: Any = SimpleNamespace(conditions=lambda _: Conditioning(torch.zeros(1, 1, 1)))
     mixed = noise + 0.3 * extra if perturbed else noise
     given = {"noise": noise, "input_noise": mixed} if perturbed else {"noise": noise}
     losses = TrainStep(config, world, network, spec, text).accumulate([batch(**given)], step=1)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from pipeline.training.saving.checkpoint import (
     refuse_other_model,
 )
 from pipeline.training.saving.manifest import committed, read_manifest, seal, set_aside
-from pipeline.training.saving.save import RunState
+from pipeline.training.saving.state import RunState
 from pipeline.training.world import World
 from tests.faults.damage import flip_bit, restored, spread_offsets
 from tests.pipeline.training.stand_ins import SHAPES, StandInFragments, stand_in_checkpoints
@@ -196,20 +196,39 @@ def test_a_checkpoint_of_the_first_format_is_read_to_the_bit(tmp_path: Path) -> 
     fragments.step()
     state.count(True, 8)
     assert checkpoints.save(state)
-    assert [read_manifest(path)["format"] for path in committed(tmp_path)] == [2, 2]
+    assert (state.data_origin, state.substituted, manifest["data"]) == (0, {}, {})
+    assert [read_manifest(path)["format"] for path in committed(tmp_path)] == [3, 3]
     assert json.loads((tmp_path / "step-00000003" / "checkpoint.json").read_text())["format"] == 1
+
+
+def test_a_checkpoint_of_the_second_format_is_read_to_the_bit(tmp_path: Path) -> None:
+    """Written by the code before format 3: no data origin, no substitutes, no list of data sets."""
+    shutil.copytree(Path(__file__).parent / "golden" / "format-2", tmp_path, dirs_exist_ok=True)
+    before, fragments = StandInFragments(seed=3), StandInFragments(seed=8)
+    for _ in range(2):
+        before.step()
+    checkpoints, ema = stand_in_checkpoints(tmp_path, fragments, attempt="a2")
+    resumed = checkpoints.resume()
+    assert resumed is not None
+    expected = RunState(
+        step=3, samples=24, skipped=1, skipped_ranges=[[8, 16]], loss=0.5, interval=[0.25, 1.0]
+    )
+    assert resumed[0] == expected and fragments.updates == ema.updates == 2
+    for mine, theirs in zip(before.owned, fragments.owned, strict=True):
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(mine, kind), getattr(theirs, kind))
 
 
 @pytest.mark.covers("F34")
 def test_another_format_says_which(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "step-00000003"
     manifest = read_manifest(path)
-    monkeypatch.setattr(manifest_module, "FORMAT", 3)
+    monkeypatch.setattr(manifest_module, "FORMAT", 4)
     write_json(
         path / "checkpoint.json", seal({name: manifest[name] for name in manifest.keys() - {"digest"}})
     )
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format 3, this version reads formats 1 to 2"):
+    with pytest.raises(CheckpointError, match="format 4, this version reads formats 1 to 3"):
         read_manifest(path)
 
 

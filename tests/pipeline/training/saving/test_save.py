@@ -18,7 +18,7 @@ from pipeline.training.saving import save as save_module
 from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
 from pipeline.training.saving.fence import FENCE_NAME
 from pipeline.training.saving.manifest import committed, read_manifest
-from pipeline.training.saving.save import RunState
+from pipeline.training.saving.state import RunState
 from tests.faults.inject import ByteOutcome, Watched, killed_after
 from tests.faults.tmpfs import SmallTmpfs, small_tmpfs
 from tests.pipeline.training.stand_ins import StandInFragments, stand_in_checkpoints
@@ -70,6 +70,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     ema.update()
     saved = RunState(step=3, samples=24, skipped=2, skipped_in_a_row=1, interval=[0.1 + 0.2, 1.0])
     saved.skipped_ranges = [[1, 2]]
+    saved.data_origin, saved.substituted = 8, {9: 4, 2**40: 0}
     assert checkpoints.save(saved)
 
     other = StandInFragments(seed=5)
@@ -91,7 +92,7 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "step-00000000")
     assert manifest["world_size"] == 1 and manifest["attempt"] == "a1" and manifest["data_digest"] == "d"
     assert manifest["parameters"] == {"layer.weight": [4, 3], "layer.bias": [5]}
-    assert manifest["ema"]["updates"] == 0 and manifest["skipped_ranges"] == [] and manifest["format"] == 2
+    assert manifest["ema"]["updates"] == 0 and manifest["skipped_ranges"] == [] and manifest["format"] == 3
     assert manifest["tracker_run_id"] == "run-7" and manifest["scheduler"] == {"schedule": "constant"}
     assert manifest["config_digest"] == hashlib.sha256(b"{}").hexdigest()
     assert (tmp_path / "latest").read_text() == "step-00000000\n"
@@ -276,8 +277,11 @@ def test_a_missing_average_is_an_error_and_never_a_fresh_start(
     checkpoints, _ = stand_in_checkpoints(tmp_path, StandInFragments())
     checkpoints.resume()
     plain = save_module.write_stretches
-    without = [stretch for stretch in checkpoints._stretches(resident=False) if stretch.kind != "ema"]
-    monkeypatch.setattr(save_module, "write_stretches", lambda path, stretches, stop: plain(path, without))
+    monkeypatch.setattr(
+        save_module,
+        "write_stretches",
+        lambda path, held, stop: plain(path, [stretch for stretch in held if stretch.kind != "ema"], stop),
+    )
     checkpoints.save(RunState())
     again, _ = stand_in_checkpoints(tmp_path, StandInFragments(), attempt="a2")
     with pytest.raises(

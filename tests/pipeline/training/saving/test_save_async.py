@@ -17,7 +17,8 @@ from pipeline.training.saving import save as save_module
 from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
 from pipeline.training.saving.fence import Fence
 from pipeline.training.saving.manifest import committed
-from pipeline.training.saving.save import Checkpoints, RunState
+from pipeline.training.saving.save import Checkpoints
+from pipeline.training.saving.state import RunState
 from tests.pipeline.training.stand_ins import StandInFragments, stand_in_checkpoints
 
 
