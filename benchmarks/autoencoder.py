@@ -112,7 +112,7 @@ def config_of(name: str, out_dir: Path, steps: int) -> RunConfig:
         f"runs={out_dir}",
         "tracking.mlflow=off",
     ]
-    return load_config(REPOSITORY / "configs" / "demo.yaml", overrides)
+    return load_config(REPOSITORY / "configs" / "small.yaml", overrides)
 
 
 def line_of(name: str, config: RunConfig, pairs: PreparedPairs) -> Line:

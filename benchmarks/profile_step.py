@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def demo_config() -> RunConfig:
     """Return the demo's config on one process, fitted to the data set that is made for it: text width and batch."""
-    config = load_config(REPOSITORY / "configs" / "demo.yaml")
+    config = load_config(REPOSITORY / "configs" / "small.yaml")
     batch = config.engine.micro_batch // 4
     engine = config.engine.model_copy(update={"processes": 1, "global_batch": batch, "micro_batch": batch})
     model = config.model.model_copy(update={"cross_attention_dim": 64})

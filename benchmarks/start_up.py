@@ -18,8 +18,8 @@ from pipeline.publish import whole_file
 REPOSITORY = Path(__file__).resolve().parents[1]
 VERBS = {
     "start_up_help": ("ldm --help", ("--help",)),
-    "start_up_check": ("ldm check configs/demo.yaml", ("check", "configs/demo.yaml")),
-    "start_up_plan": ("ldm plan configs/demo.yaml", ("plan", "configs/demo.yaml")),
+    "start_up_check": ("ldm check configs/small.yaml", ("check", "configs/small.yaml")),
+    "start_up_plan": ("ldm plan configs/small.yaml", ("plan", "configs/small.yaml")),
 }
 
 

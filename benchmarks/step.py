@@ -53,7 +53,7 @@ from pipeline.training.world import World, end_world, start_world
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BATCH, SAMPLES, PIXELS, TOKENS = 4, 256, 256, 77
-MODEL: UNetConfig = load_config(REPOSITORY / "configs" / "demo.yaml").model.model_copy(
+MODEL: UNetConfig = load_config(REPOSITORY / "configs" / "small.yaml").model.model_copy(
     update={"sample_size": PIXELS // 8, "cross_attention_dim": 64}
 )
 OPTIMIZER = OptimizerConfig()

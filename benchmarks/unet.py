@@ -42,7 +42,7 @@ class Size:
 
 def sizes() -> dict[str, Size]:
     """Return the U-Net of the demo, one of a tenth of SD 1.5's parameters, and SD 1.5's on small latents."""
-    demo = load_config(REPOSITORY / "configs" / "demo.yaml").model
+    demo = load_config(REPOSITORY / "configs" / "small.yaml").model
     tenth = UNetConfig(block_out_channels=(96, 192, 384, 384), cross_attention_dim=256)
     return {
         "demo": Size(demo, side=16, batch=8),

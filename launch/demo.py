@@ -49,9 +49,7 @@ FAST = (
     "train.log_every=5",
     "optimizer.warmup_steps=10",
     "ema.decay=0.95",
-    "evaluate.max_samples=16",
     "evaluate.timesteps=4",
-    "sample.num_prompts=8",
     "sample.steps=10",
 )
 

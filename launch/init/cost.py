@@ -18,7 +18,7 @@ from pipeline.plan.workload import workload_of
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage of configs/demo.yaml as it was timed: so many steps of so many samples took so long."""
+    """A stage of configs/small.yaml as it was timed: so many steps of so many samples took so long."""
 
     steps: int
     batch: int
@@ -33,9 +33,9 @@ class Measured:
 
 
 MEASURED_CORES = 2
-MEASURED_ON = "two cores of an AMD EPYC with AVX-512 BF16, torch 2.13 (configs/demo.yaml)"
+MEASURED_ON = "two cores of an AMD EPYC with AVX-512 BF16, torch 2.13 (configs/small.yaml)"
 MEASURED = {
-    # f4, widths 16, 32, 64, 64 px, bf16: "about six minutes" in configs/demo.yaml.
+    # f4, widths 16, 32, 64, 64 px, bf16: "about six minutes" in configs/small.yaml.
     "autoencoder": Measured(steps=2000, batch=8, seconds=360.0, gflops_a_sample=1.686),
     # Width 128, 3 + 2 layers, patch 16, 24 tokens, fp32: "about a minute and a half" there.
     "clip": Measured(steps=500, batch=96, seconds=90.0, gflops_a_sample=0.128),

@@ -39,13 +39,13 @@ from launch.init.shapes import (
 from pipeline.config import RunConfig
 from pipeline.errors import DataError
 
-BASE = "demo.yaml"
+BASE = "small.yaml"
 SIZES = (32, 64)
 LARGE, LARGE_MINUTES = 128, 120
 LATENT_SIDE = 16
 """Largest side of the latents: attention and convolutions on more positions are too slow for cores."""
 AUTOENCODER_SHARE, CLIP_SHARE = 0.32, 0.08
-"""Of the time: configs/demo.yaml gives its stages 6, 1.5 and 11 minutes."""
+"""Of the time: configs/small.yaml gives its stages 6, 1.5 and 11 minutes."""
 LEAST_VISITS_A_PICTURE = 20
 """Where many pictures share a caption."""
 LEAST_PAIRS = 8

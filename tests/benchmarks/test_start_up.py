@@ -20,11 +20,11 @@ def test_writes_the_comparisons_and_the_table(tmp_path: Path, capsys: pytest.Cap
     )
     assert code == 0
     assert seen.read_text().splitlines() == (
-        ["--help"] * 6 + ["check configs/demo.yaml"] * 6 + ["plan configs/demo.yaml"] * 6
+        ["--help"] * 6 + ["check configs/small.yaml"] * 6 + ["plan configs/small.yaml"] * 6
     )
     assert sorted(path.suffix for path in out_dir.iterdir()) == [".csv"] * 3 + [".md"] + [".png"] * 3
     comparison = read_csv(out_dir / "start_up_check.csv")
-    assert (comparison.side_a, comparison.side_b) == ("python -c pass", "ldm check configs/demo.yaml")
+    assert (comparison.side_a, comparison.side_b) == ("python -c pass", "ldm check configs/small.yaml")
     assert comparison.rounds == 6
     table = (out_dir / "start_up.md").read_text()
     assert table.count("\n") == 5

@@ -140,8 +140,10 @@ def test_it_says_where_everything_lies_and_that_is_so(undisturbed: Path) -> None
 def test_nothing_was_lost_and_the_loss_fell(undisturbed: Path) -> None:
     run = undisturbed / "demo-fast"
     manifest = Manifest.load(run / "latents")
-    assert manifest.counts.read == manifest.counts.written == 2126
-    assert manifest.splits == {"train": 2062, "validation": 64}
+    counts = manifest.counts
+    assert counts.read == 2126 == counts.written + sum(counts.rejected.values()) and not counts.failed
+    assert set(counts.rejected) == {"held_out", "other_subject"}
+    assert manifest.splits == {"train": 135, "validation": 8}
     losses = [record["loss"] for record in read_records(run / "metrics.jsonl", "train")]
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
     evaluation = json.loads((run / "evaluation.json").read_text())

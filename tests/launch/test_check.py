@@ -9,7 +9,7 @@ from pipeline.config.engine import REFUSALS
 from pipeline.errors import ConfigError
 from tests.faults.outcome import ROOT
 
-DEMO = Path("configs/demo.yaml")
+DEMO = Path("configs/small.yaml")
 
 
 @pytest.fixture(autouse=True)

@@ -44,19 +44,19 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     ("arguments", "code", "said"),
     [
         (["check", "configs/nowhere.yaml"], 2, "no such config file"),
-        (["check", "configs/demo.yaml", "engine.globl_batch=3"], 2, "did you mean 'global_batch'?"),
-        (["check", "configs/demo.yaml", "engine.global_batch=1"], 2, "smaller than processes 2"),
-        (["check", "configs/demo.yaml", "encode.source=nowhere"], 2, "encode.source: nowhere is no folder"),
-        (["check", "configs/demo.yaml", "model.cross_attention_dim=64"], 2, "first_stage.clip.width is 128"),
-        (["check", "configs/demo.yaml", "data.on_bad_sample=skip"], 2, "'stop' or 'substitute'"),
+        (["check", "configs/small.yaml", "engine.globl_batch=3"], 2, "did you mean 'global_batch'?"),
+        (["check", "configs/small.yaml", "engine.global_batch=1"], 2, "smaller than processes 2"),
+        (["check", "configs/small.yaml", "encode.source=nowhere"], 2, "encode.source: nowhere is no folder"),
+        (["check", "configs/small.yaml", "model.cross_attention_dim=64"], 2, "first_stage.clip.width is 128"),
+        (["check", "configs/small.yaml", "data.on_bad_sample=skip"], 2, "'stop' or 'substitute'"),
         (
-            ["check", "configs/demo.yaml", "encode.image_size=72", "first_stage.clip.patch=8"],
+            ["check", "configs/small.yaml", "encode.image_size=72", "first_stage.clip.patch=8"],
             2,
             "a multiple of 16",
         ),
-        (["train", "configs/demo.yaml", "data.dataset=nowhere"], 3, "run `ldm encode`"),
-        (["train", "configs/demo.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
-        (["submit", "configs/demo.yaml"], 2, "`--stage all` makes it first"),
+        (["train", "configs/small.yaml", "data.dataset=nowhere"], 3, "run `ldm encode`"),
+        (["train", "configs/small.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
+        (["submit", "configs/small.yaml"], 2, "`--stage all` makes it first"),
         (["evaluate", "nowhere"], 2, "not a run folder"),
         (["status", "nowhere"], 2, "neither a run folder"),
         (["verify", "nowhere"], 3, "does not exist"),
@@ -79,7 +79,7 @@ def test_a_data_set_that_does_not_fit_is_refused_with_both_values(tmp_path: Path
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     golden = ROOT / "tests" / "golden" / "format1"
     width = json.loads((golden / "manifest.json").read_text())["spec"]["text_width"]
-    answer = ldm(verb, "configs/demo.yaml", f"data.dataset={golden}", cwd=tmp_path)
+    answer = ldm(verb, "configs/small.yaml", f"data.dataset={golden}", cwd=tmp_path)
     assert answer.returncode == 2 and "Traceback" not in answer.stderr
     assert f"model.cross_attention_dim is 128, the data set's text width is {width}" in answer.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["configs"]
@@ -90,7 +90,7 @@ def test_a_data_set_without_manifest_trains_nothing(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(ROOT / "tests" / "golden" / "format1", tmp_path / "set")
     (tmp_path / "set" / "manifest.json").unlink()
-    answer = ldm("train", "configs/demo.yaml", "data.dataset=set", cwd=tmp_path)
+    answer = ldm("train", "configs/small.yaml", "data.dataset=set", cwd=tmp_path)
     assert answer.returncode == 3 and "has no manifest.json: run `ldm finalize`" in answer.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -107,7 +107,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     monkeypatch.setattr("launch.check.check_config", interrupted)
     with pytest.raises(SystemExit) as left:
-        main(["check", "configs/demo.yaml"])
+        main(["check", "configs/small.yaml"])
     assert left.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == "ldm: interrupted; run the same command to go on"
 
@@ -127,15 +127,15 @@ def test_the_word_for_changed_data_reaches_every_rank(
     )
     for processes in (2, 1):
         with pytest.raises(SystemExit) as left:
-            main(["train", "configs/demo.yaml", f"engine.processes={processes}", *given])
+            main(["train", "configs/small.yaml", f"engine.processes={processes}", *given])
         assert not left.value.code
     (again,) = started
-    assert again[2:] == ["launch.cli", "train", "configs/demo.yaml", "engine.processes=2", *given]
+    assert again[2:] == ["launch.cli", "train", "configs/small.yaml", "engine.processes=2", *given]
     assert accepted == [bool(given)] and capsys.readouterr().out == "done\n"
 
 
 def test_check_says_what_follows_from_the_config() -> None:
-    said = ldm("check", "configs/demo.yaml", "engine.global_batch=30", "engine.micro_batch=4")
+    said = ldm("check", "configs/small.yaml", "engine.global_batch=30", "engine.micro_batch=4")
     assert said.returncode == 0
     assert "30 samples = 2 ranks x 4 micro-batches of up to 4" in said.stdout and "'stage': 1" in said.stdout
 

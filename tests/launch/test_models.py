@@ -10,7 +10,7 @@ from pipeline.config_file import load_config
 from pipeline.models.unet import UNet
 from pipeline.models.unet_folder import save_unet
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+DEMO = Path(__file__).parents[2] / "configs" / "small.yaml"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pipeline.config_file import dump_config, load_config
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-SD15, DEMO = ROOT / "configs" / "sd15-512.yaml", ROOT / "configs" / "demo.yaml"
+SD15, DEMO = ROOT / "configs" / "sd15-512.yaml", ROOT / "configs" / "small.yaml"
 
 
 def planned(path: Path = SD15, *overrides: str, **request: Any) -> str:

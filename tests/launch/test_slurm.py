@@ -220,7 +220,8 @@ def test_an_answer_without_a_job_id_is_an_error(sbatch: Callable[..., None], tmp
         submit_job(run_config(), RunPaths(tmp_path), ["ldm"])
 
 
-def test_a_missing_sbatch_is_one_line(sbatch: Callable[..., None], tmp_path: Path) -> None:
+def test_a_missing_sbatch_is_one_line(sbatch: Callable[..., None], fake: FakeSlurm, tmp_path: Path) -> None:
+    (fake.programs / "sbatch").unlink(missing_ok=True)
     with pytest.raises(ToolError, match="sbatch: not found on this machine; submit from a login node"):
         submit_job(run_config(), RunPaths(tmp_path), ["ldm"])
 

@@ -337,7 +337,7 @@ def test_a_wrong_site_is_told_by_its_own_lines_with_the_config_s_problems(
 @pytest.mark.parametrize("name", ["local", "slurm-cpu", "slurm-h100"])
 def test_every_setting_of_a_shipped_site_has_its_reason(name: str) -> None:
     path = ROOT / f"configs/cluster/{name}.yaml"
-    config: RunConfig = load_config(ROOT / "configs/demo.yaml", site=path)
+    config: RunConfig = load_config(ROOT / "configs/small.yaml", site=path)
     assert (config.cluster.scheduler == "none") == (name == "local")
     settings = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     lines = path.read_text().splitlines()

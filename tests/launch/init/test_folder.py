@@ -67,7 +67,7 @@ def test_a_gpu_config_asks_for_two_folders_and_nothing_else(
 @pytest.mark.parametrize("name", ["demo", "sd15-256", "sd15-512", "sd2-512", "sdxl-1024"])
 def test_any_config_survives_being_written_with_comments(name: str, tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / f"{name}.yaml")
-    (tmp_path / "again.yaml").write_text(commented(config, {"seed": "why: {not} # so"}, "demo.yaml", "a\nb"))
+    (tmp_path / "again.yaml").write_text(commented(config, {"seed": "why: {not} # so"}, "small.yaml", "a\nb"))
     assert load_config(tmp_path / "again.yaml") == config
 
 
@@ -90,11 +90,11 @@ def test_any_config_survives_being_written_with_comments(name: str, tmp_path: Pa
     ],
 )
 def test_any_value_reads_back(value: object, tmp_path: Path) -> None:
-    base = load_config(ROOT / "configs" / "demo.yaml")
+    base = load_config(ROOT / "configs" / "small.yaml")
     plain = json.loads(base.model_dump_json())
     plain["engine"]["deepspeed"] = {"x": value}
     config = RunConfig.model_validate_json(json.dumps(plain))
-    (tmp_path / "c.yaml").write_text(commented(config, {}, "demo.yaml", "h"))
+    (tmp_path / "c.yaml").write_text(commented(config, {}, "small.yaml", "h"))
     found = load_config(tmp_path / "c.yaml").engine.deepspeed["x"]
     assert found == value and type(found) is type(value)
     assert "\n" not in written(value)
