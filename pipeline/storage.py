@@ -18,13 +18,15 @@ from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import ConfigError, ToolError
+from pipeline.errors import ConfigError, PipelineError, ToolError
 
 PROTOCOLS = ("file", "s3", "memory")
 """What is tested. `memory` is fsspec's own store inside the process, for tests."""
 ATTEMPTS = 6
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 FETCH_BYTES = 8 << 20
+CLIENTS = {"botocore", "aiobotocore", "aiohttp"}
+"""Whose errors mean that the store could not be reached, refused, or cut the connection."""
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -63,7 +65,9 @@ def _in_our_words(
         try:
             return call(place, *rest, **named)
         except Exception as error:
-            if not type(error).__module__.startswith("botocore."):
+            if isinstance(error, OSError | PipelineError):
+                raise
+            if type(error).__module__.partition(".")[0] not in CLIENTS:
                 raise
             if "Credentials" in type(error).__name__:
                 raise ConfigError(

@@ -57,7 +57,12 @@ def _entry(
     indent, at = "  " * len(above), (*above, name)
     section = section_of(field)
     if section is None or not isinstance(value, dict):
-        yield from _value_lines(f"{indent}{name}: {written(value)}", reasons.of(at, field), indent)
+        line = f"{indent}{name}: {written(value)}"
+        if isinstance(value, list) and len(line) > WIDTH:
+            yield from _value_lines(f"{indent}{name}:", reasons.of(at, field), indent)
+            yield from (f"{indent}  - {written(item)}" for item in value)
+        else:
+            yield from _value_lines(line, reasons.of(at, field), indent)
         return
     yield f"{indent}{name}:"
     for inner, inner_field in section.model_fields.items():

@@ -15,6 +15,7 @@ from launch.init.cost import (
     step_seconds,
     visits_words,
 )
+from launch.init.glance import spread
 from launch.init.look import Facts
 from launch.init.proposal import (
     USUAL_MINUTES,
@@ -40,6 +41,8 @@ from pipeline.config import RunConfig
 from pipeline.errors import DataError
 
 BASE = "small.yaml"
+PROMPTS = 16
+"""Pictures in the grid."""
 SIZES = (32, 64)
 LARGE, LARGE_MINUTES = 128, 120
 LATENT_SIDE = 16
@@ -73,6 +76,7 @@ def propose_for_cpu(facts: Facts, machine: Machine, name: str) -> Proposal:
     shapes = _choose_shapes(choices, base, facts, size, batch)
     _choose_first_stage(choices, base, facts, size, pairs)
     _choose_network(choices, base, size)
+    _choose_prompts(choices, facts)
     visits = _choose_length(choices, settled(base, choices), facts, machine, pairs)
     config = settled(base, choices)
     notes = [*input_notes(facts), *_notes(config, facts, machine, visits, pairs)]
@@ -197,7 +201,13 @@ def _choose_network(choices: Choices, base: RunConfig, size: int) -> None:
         "the demo's: samples a second, not width, is what a short run lacks",
     )
     choices.set("model.cross_attention_dim", base.first_stage.clip.width, "first_stage.clip.width")
-    choices.set("sample.prompts", [], "captions of the validation split")
+
+
+def _choose_prompts(choices: Choices, facts: Facts) -> None:
+    """A short run paints what it has seen; what it makes of new captions is for `ldm sample`."""
+    distinct = list(dict.fromkeys(facts.captions.all))
+    shown = [distinct[place] for place in spread(len(distinct), PROMPTS)]
+    choices.set("sample.prompts", shown, "captions from all over the folder: most of them are trained on")
 
 
 def _choose_length(choices: Choices, config: RunConfig, facts: Facts, machine: Machine, pairs: int) -> float:
@@ -271,9 +281,6 @@ def _choose_training(choices: Choices, config: RunConfig, steps: int, said: str)
     )
     kept = choices.values["encode.validation_samples"]
     choices.set("evaluate.max_samples", max(1, kept), "the whole validation split")
-    choices.set(
-        "sample.num_prompts", max(1, min(16, kept)), "captions of the validation split, a picture each"
-    )
 
 
 def _round(steps: float, least: int) -> int:

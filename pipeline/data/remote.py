@@ -6,15 +6,14 @@ the reader tries a few times more.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.data.cache import NodeCache
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError
 from pipeline.latents.manifest import MANIFEST_NAME, SEGMENTS_NAME, SHARDS_NAME, Manifest
 from pipeline.latents.rows import SHARD_SCHEMA, read_table
 from pipeline.latents.shard import shard_path
@@ -46,8 +45,7 @@ class RemoteShards:
         size_bytes, digest = self._known[stem]
 
         def fill(into: BinaryIO) -> None:
-            with _plain_errors(self.where(stem)):
-                found = storage.fetch(self.where(stem), into)
+            found = storage.fetch(self.where(stem), into)
             if found != digest:
                 raise DataError(
                     f"{self.where(stem)}: sha256 {found[:16]}, the manifest's is {digest[:16]}; upload it again"
@@ -58,16 +56,14 @@ class RemoteShards:
     def sizes(self, stems: Sequence[str]) -> list[int | None]:
         """Return the size of each tar in bytes, None where it is missing."""
         if len(stems) > LISTED_ABOVE:
-            with _plain_errors(self._url):
-                listed = {file.name: file.size_bytes for file in storage.list_files(self._url, below=True)}
+            listed = {file.name: file.size_bytes for file in storage.list_files(self._url, below=True)}
             return [listed.get(_name(stem, ".tar")) for stem in stems]
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return list(pool.map(self._size, stems))
 
     def _size(self, stem: str) -> int | None:
         try:
-            with _plain_errors(self.where(stem)):
-                return storage.stat_file(self.where(stem)).size_bytes
+            return storage.stat_file(self.where(stem)).size_bytes
         except FileNotFoundError:
             return None
 
@@ -76,8 +72,7 @@ class RemoteShards:
         path = self._tables / _name(stem, ".parquet")
         if not path.exists():
             place = storage.join(self._url, _name(stem, ".parquet"))
-            with _plain_errors(place):
-                content = storage.read_file(place)
+            content = storage.read_file(place)
             _write_whole(path, content)
         return path
 
@@ -108,8 +103,7 @@ class _RangedTar:
     def readv(self, buffers: Sequence[memoryview | bytearray], offset: int) -> int:
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         wanted = sum(map(len, views))
-        with _plain_errors(self._url):
-            block = storage.read_range(self._url, offset, wanted)
+        block = storage.read_range(self._url, offset, wanted)
         if len(block) != wanted:
             raise OSError(
                 f"{self._url}: {len(block)} bytes came from offset {offset}, {wanted} were asked for"
@@ -121,17 +115,6 @@ class _RangedTar:
         return at
 
 
-@contextmanager
-def _plain_errors(place: str) -> Iterator[None]:
-    """Turn what a store's client raises when it gives up (botocore's own classes) into an OSError: try again later."""
-    try:
-        yield
-    except (OSError, PipelineError):
-        raise
-    except Exception as error:
-        raise OSError(f"{place}: {type(error).__name__}: {error}") from error
-
-
 def copy_tables(url: str, folder: Path) -> Path:
     """Return a local folder with manifest, tables and null texts of the data set at `url`, copied below `folder`.
 
@@ -141,8 +124,7 @@ def copy_tables(url: str, folder: Path) -> Path:
         DataError: there is no manifest.
     """
     try:
-        with _plain_errors(url):
-            manifest = storage.read_file(storage.join(url, MANIFEST_NAME))
+        manifest = storage.read_file(storage.join(url, MANIFEST_NAME))
     except FileNotFoundError:
         raise DataError(
             f"{url}: the data set has no manifest.json: upload a finalized data set (training reads finished ones only)"
