@@ -139,11 +139,14 @@ class Cluster:
 
     def cancel_all(self) -> None:
         """End every job and wait until the nodes are free again."""
+        self._end_jobs()
+        until(lambda: not self.run("squeue", "--noheader", check=False), 30, "the queue to be empty")
+
+    def _end_jobs(self) -> None:
         jobs = set(self.run("squeue", "--noheader", "--format=%A", check=False).split())
         if jobs:
             self.run("scancel", "--full", "--signal=KILL", *jobs, check=False)
             self.run("scancel", *jobs, check=False)
-        until(lambda: not self.run("squeue", "--noheader", check=False), 30, "the queue to be empty")
 
     # -- faults of nodes (netns only)
 
@@ -165,6 +168,8 @@ class Cluster:
                 _run("ip", "link", "set", f"{self._bridge}v{self._number(node)}", "up")
             if self._slurmd[node].poll() is not None:
                 self._start_node(node)
+        # Before the nodes are down: a job with a spare would outlive them.
+        self._end_jobs()
         self.run(
             "scontrol", "update", f"NodeName={','.join(self.nodes)}", "State=DOWN", "Reason=test", check=False
         )

@@ -10,7 +10,6 @@ import pytest
 
 from launch.supervisor.nodes import bad_nodes
 from pipeline.errors import NoProgressError
-from tests.requirements import leave_out
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.jobs import SmallJob
 
@@ -25,7 +24,8 @@ def outcomes(job: SmallJob) -> list[str]:
 def network(cluster: Cluster) -> Iterator[Cluster]:
     """A cluster whose nodes can be killed and cut off; all are back afterwards."""
     if cluster.mode != "netns":
-        leave_out("needs network namespaces: nodes share the host's network here")
+        # A right of the machine that nothing installs: not a failure where it is not given.
+        pytest.skip("needs network namespaces: nodes share the host's network here")
     yield cluster
     cluster.heal()
 
