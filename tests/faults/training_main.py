@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.cli import main
 from pipeline.training import train as train_module
+from pipeline.training.saving import resume as resume_module
 from pipeline.training.saving import save as save_module
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -71,7 +72,7 @@ FAULTS: dict[str, list[tuple[tuple[int, ...], str, Callable[[], None]]]] = {
 
 def plant(place: str, action: Callable[[], None]) -> None:
     """Let `action` happen once: in step 3, in the writing of a checkpoint after it, or in the loading of one."""
-    owner: Any = {"step": train_module.TrainStep, "save": save_module, "load": save_module}[place]
+    owner: Any = {"step": train_module.TrainStep, "save": save_module, "load": resume_module}[place]
     name = {"step": "accumulate", "save": "write_stretches", "load": "load_stretches"}[place]
     plain = getattr(owner, name)
 
