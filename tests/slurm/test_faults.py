@@ -181,28 +181,3 @@ def test_a_killed_node_without_a_spare_is_left_to_a_new_job(network: Cluster, tm
     )
     assert network.show(job.job_id)["Restarts"] == "0"
     assert len(job.history) == 2
-
-
-@pytest.mark.covers("F47")
-def test_a_rank_behind_a_cut_cable_lives_on_and_publishes_nothing(network: Cluster, tmp_path: Path) -> None:
-    job = SmallJob.submit(network, tmp_path, steps=300, site={"nodes": 1})
-    job.reach(22)
-    old, node = job.beat(0), network.show(job.job_id)["NodeList"]
-    fault = time.time()
-    network.cut(node)
-    # What Slurm does by itself when SlurmdTimeout is over: it gives the node up and starts the job elsewhere.
-    network.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=cut")
-    job.reach(30, attempt=1)
-    first, second = dict.fromkeys(row["attempt"] for row in job.steps())
-    job.price("cable cut, old rank alive", fault, until_end=False)
-    late = [row for row in job.steps() if row["attempt"] == first and row["time"] > fault]
-    assert late, "the old rank went on behind the cut"
-    until(lambda: not Path(f"/proc/{old.pid}").exists(), 30, "the old rank to find itself replaced")
-    said = f"attempt {second} has taken over this run; this one, {first}, publishes nothing"
-    until(lambda: said in job.log, 20, "its word about that")
-    job.reach(45, attempt=1)
-    taken = next(row["time"] for row in job.steps() if row["attempt"] == second)
-    for checkpoint in job.run.checkpoints.glob("step-*"):
-        if (checkpoint / "of.txt").stat().st_mtime > taken:
-            assert (checkpoint / "of.txt").read_text() == second
-    assert network.show(job.job_id)["Restarts"] == "1"
