@@ -293,7 +293,7 @@ def test_resume_refuses_another_model_and_other_data_and_says_what_changed(resul
     assert (model["error"], model["code"]) == ("ConfigError", 2)
     assert "is absent in the checkpoint" in model["said"] and "attentions.1" in model["said"]
     assert (data["error"], data["code"]) == ("DataError", 3)
-    assert "trained on the data set" in data["said"]
+    assert "the data was " in data["said"] and "--accept-data-change" in data["said"]
     assert any("optimizer.learning_rate: 0.002 -> 0.0001" in line for line in changed["said"])
 
 
