@@ -43,8 +43,9 @@ def rescale(guided_BCHW: Tensor, conditional_BCHW: Tensor, share: float) -> Tens
 
 
 class GuidedNetwork:
-    """The denoiser under guidance: both predictions from one forward pass on 2B latents, or one where one is enough.
+    """The denoiser under guidance: both predictions from one forward pass under 2B texts, or one where one is enough.
 
+    The network takes B latents under 2B texts (`UNet.forward`), so what precedes the first text is computed once.
     At scale 1 the unconditional half, at scale 0 the conditional half has no weight and is not computed; outside
     the guidance interval only the conditional half is.
 
@@ -65,7 +66,7 @@ class GuidedNetwork:
         scale = self._scale if self._low <= share <= self._high else 1.0
         if scale in (0.0, 1.0):
             return self._predict(z_BCHW, time, self._towards if scale else self._away)
-        unconditional, conditional = self._predict(z_BCHW.repeat(2, 1, 1, 1), time, self._both).chunk(2)
+        unconditional, conditional = self._predict(z_BCHW, time, self._both).chunk(2)
         guided = guide(unconditional, conditional, scale)
         return rescale(guided, conditional, self._rescale) if self._rescale else guided
 

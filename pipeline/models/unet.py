@@ -19,6 +19,7 @@ from pipeline.models.layers import (
     Run,
     SpatialTransformer,
     Upsample,
+    repeat_rows,
     timestep_embedding,
 )
 
@@ -104,7 +105,7 @@ class UpBlock(nn.Module):
     ) -> Tensor:
         """Return the map at `size`, the sides of the level above; None, and unused, at the finest level."""
         for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            x_BCHW = run(resnet, torch.cat([x_BCHW, skip], dim=1), time_BE)
+            x_BCHW = run(resnet, torch.cat([x_BCHW, repeat_rows(skip, len(x_BCHW))], dim=1), time_BE)
             if self.attentions:
                 x_BCHW = self.attentions[layer](x_BCHW, text_BLD, run)
         for upsample in self.upsamplers:
@@ -156,7 +157,9 @@ class UNet(nn.Module):
 
         Latents and text have the model's dtype; timesteps may be integers or floats. SDXL alone takes the pooled
         text and sizes in pixels, for the base six: original (h, w), crop (top, left), target (h, w); its refiner
-        takes an aesthetic score (2.5 to 6) in place of the target.
+        takes an aesthetic score (2.5 to 6) in place of the target. There may be k times as many texts as latents, for
+        guidance: rows n, n + B, ... are texts of latent n, the output has their number, and what precedes the first
+        text (all before it but for the pooled text) is computed once.
 
         Raises:
             ValueError: an input's shape does not fit the config, or SDXL's inputs are missing, or not wanted.
@@ -165,7 +168,7 @@ class UNet(nn.Module):
         run = self._checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else _straight
         time_BE = self._embed_time(latents_BCHW.dtype, timesteps_B, pooled_BP, time_ids_BS)
 
-        x_BCHW = self.conv_in(latents_BCHW)
+        x_BCHW = self.conv_in(repeat_rows(latents_BCHW, len(time_BE)))
         # Sliced, never popped inside a block: under ZeRO-3 a module receives copies of its list arguments.
         skips = [x_BCHW]
         for down_block in self.down_blocks:
@@ -181,7 +184,7 @@ class UNet(nn.Module):
             size = skips[-1].shape[2:] if skips else None
             x_BCHW = up_block(x_BCHW, taken, size, time_BE, text_BLD, run)
 
-        return self.conv_out(nn.functional.silu(self.conv_norm_out(x_BCHW)))
+        return self.conv_out(nn.functional.silu(self.conv_norm_out(repeat_rows(x_BCHW, len(text_BLD)))))
 
     def _embed_time(
         self, dtype: torch.dtype, timesteps_B: Tensor, pooled_BP: Tensor | None, time_ids_BS: Tensor | None
@@ -198,7 +201,7 @@ class UNet(nn.Module):
         assert width is not None and pooled_BP is not None and time_ids_BS is not None
         sizes = timestep_embedding(time_ids_BS.flatten(), width).unflatten(0, time_ids_BS.shape).flatten(1)
         added_BE = self.add_embedding(torch.cat([pooled_BP, sizes], dim=-1).to(dtype))
-        return nn.functional.silu(time_BE + added_BE)
+        return nn.functional.silu(repeat_rows(time_BE, len(added_BE)) + added_BE)
 
     def _check_shapes(
         self,
@@ -212,6 +215,7 @@ class UNet(nn.Module):
         config, batch = self.config, latents_BCHW.shape[0]
         _expect("latents_BCHW", latents_BCHW, (batch, config.in_channels, None, None))
         _expect("timesteps_B", timesteps_B, (batch,))
+        batch *= max(1, len(text_BLD) // max(1, batch))
         _expect("text_BLD", text_BLD, (batch, None, config.cross_attention_dim))
         sized, pooled_width = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
         if sized is None or pooled_width is None:

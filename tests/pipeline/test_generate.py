@@ -77,12 +77,12 @@ def test_the_loop_is_ddim_under_guidance(generator: Generator, scale: float) -> 
     torch.testing.assert_close(ours, by_hand, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "samples"), [(0.0, 2), (1.0, 2), (1.5, 4), (5.0, 4)])
-def test_what_has_no_weight_is_not_computed(generator: Generator, scale: float, samples: int) -> None:
+@pytest.mark.parametrize(("scale", "texts"), [(0.0, 2), (1.0, 2), (1.5, 4), (5.0, 4)])
+def test_what_has_no_weight_is_not_computed(generator: Generator, scale: float, texts: int) -> None:
     seen: list[int] = []
-    generator.trained.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    generator.trained.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[2])))
     generator.denoise(generator.noise(range(2), 0), generator.text(CAPTIONS[:2]), with_scale(scale))
-    assert seen == [samples] * 5
+    assert seen == [texts] * 5
 
 
 def test_a_picture_does_not_depend_on_its_batch(
