@@ -1,6 +1,6 @@
 """Sampler iterations per second under guidance: `Generator.denoise` against diffusers' StableDiffusionPipeline.
 
-    python -m benchmarks.sampling                  # the demo's size and a middle one
+    python -m benchmarks.sampling                  # the demo's U-Net and a middle one
     python -m benchmarks.sampling --size sd        # SD 1.x's 860 M parameters at 32 x 32 latents: minutes
 
 Both sides have the same weights, text states, noise and scheduler, and their latents are compared first. The pipeline is
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.harness import MARKDOWN_HEADER, Comparison, Rounds, Side, compare, gate, markdown_row
 from pipeline.config import ObjectiveConfig, SampleConfig, UNetConfig
+from pipeline.config_file import load_config
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import GuidedNetwork
 from pipeline.diffusion.samplers import make_sampler
@@ -45,6 +46,10 @@ class Size:
     at_least: float
 
 
+def _demo() -> UNetConfig:
+    return load_config(REPOSITORY / "configs" / "demo.yaml").model
+
+
 def _small(width: int) -> UNetConfig:
     return UNetConfig(
         sample_size=16,
@@ -58,9 +63,10 @@ def _small(width: int) -> UNetConfig:
 
 
 SIZES = {
-    "demo": Size(_small(64), pictures=4, side=16, tokens=24, steps=10, rounds=20, at_least=1.1),
+    "demo": Size(_demo(), pictures=4, side=8, tokens=24, steps=10, rounds=20, at_least=1.1),
+    "small": Size(_small(64), pictures=4, side=16, tokens=24, steps=10, rounds=20, at_least=1.1),
     "middle": Size(_small(192), pictures=2, side=32, tokens=77, steps=5, rounds=10, at_least=0.98),
-    "sd": Size(UNetConfig(), pictures=1, side=32, tokens=77, steps=2, rounds=5, at_least=0.98),
+    "sd": Size(UNetConfig(), pictures=1, side=32, tokens=77, steps=2, rounds=6, at_least=0.98),
 }
 
 
@@ -75,7 +81,7 @@ def compare_size(name: str, out_dir: Path) -> Comparison:
     stock = _pipeline(theirs.eval().requires_grad_(False), make_sampler("ddim", objective))
     shape = (size.pictures, size.tokens, size.unet.cross_attention_dim)
     text_BLD, null_BLD = torch.randn(shape), torch.randn(1, *shape[1:]).expand(shape)
-    noise_BCHW = torch.randn(size.pictures, 4, size.side, size.side)
+    noise_BCHW = torch.randn(size.pictures, size.unet.in_channels, size.side, size.side)
 
     def by_pipeline() -> Tensor:
         latents: Tensor = stock(

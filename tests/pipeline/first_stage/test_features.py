@@ -120,14 +120,14 @@ def test_the_gradient_goes_to_the_reconstruction_alone() -> None:
 def test_it_learns_to_know_a_picture_again(
     make_config: Callable[..., RunConfig], pairs: list[Pair], run_paths: Callable[[str], RunPaths]
 ) -> None:
-    section = {"weight": 1.0, "width": 8, "batch": 16, "steps": 60}
+    section = {"weight": 1.0, "width": 8, "batch": 16, "steps": 300}
     config, paths = (
         make_config(autoencoder={"perceptual": section, "checkpoint_every": 30}),
         run_paths("run"),
     )
     folder = train_features(config, read_pairs(pairs, 16), paths)
     losses = [record["loss"] for record in read_records(paths.metrics, "features")]
-    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+    assert np.mean(losses[-5:]) < 0.75 * losses[0]
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert train_features(config, read_pairs(pairs, 16), paths) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
