@@ -8,7 +8,7 @@ from typing import Any, Literal
 from launch.init.cost import GpuCost, StageCost
 from launch.init.look import Facts
 from launch.init.pictures import BACKGROUNDS, best_background
-from launch.init.shapes import Shapes
+from launch.init.shapes import BUCKET_FILL, Shapes, propose_shapes
 from pipeline.config import DataConfig, RunConfig
 from pipeline.config_file import load_config, with_settings
 from pipeline.errors import ConfigError
@@ -124,6 +124,20 @@ def choose_input(choices: Choices, facts: Facts, name: str) -> None:
             f"{contrast:.0%} in lightness"
         )
     choices.set("encode.background", list(BACKGROUNDS[background]), said)
+
+
+def choose_shapes(
+    choices: Choices, facts: Facts, *, size: int, step: int, batch: int, overflow: str
+) -> Shapes:
+    """Choose the square, or buckets whose sides are multiples of `step` and that fill batches; `overflow` says why."""
+    least = (BUCKET_FILL * batch + choices.values["encode.validation_samples"]) / max(1, facts.usable)
+    shapes = propose_shapes(facts.headers, size, step, choices.values["encode.max_aspect"], least)
+    buckets = None if shapes.buckets is None else [list(bucket) for bucket in shapes.buckets]
+    choices.set("encode.buckets", buckets, shapes.reason)
+    choices.set("encode.bucket_step", None, "the list above, or a square")
+    said = overflow if buckets else "without buckets unused"
+    choices.set("encode.bucket_overflow", shapes.overflow, said)
+    return shapes
 
 
 def _column_words(facts: Facts) -> str:

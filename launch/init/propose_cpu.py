@@ -23,16 +23,15 @@ from launch.init.proposal import (
     Machine,
     Proposal,
     choose_input,
+    choose_shapes,
     input_notes,
     settled,
     shipped,
     validation_samples,
 )
 from launch.init.shapes import (
-    BUCKET_FILL,
     Shapes,
     largest_size,
-    propose_shapes,
     rejected_by_size,
     smallest_side,
     widest_aspect,
@@ -135,17 +134,14 @@ def _choose_shapes(choices: Choices, base: RunConfig, facts: Facts, size: int, b
     assert base.first_stage is not None
     widths = _autoencoder_widths(base, size)
     step = 2 ** (len(widths) - 1) * base.model.downsampling
-    least = (BUCKET_FILL * batch + choices.values["encode.validation_samples"]) / max(1, facts.usable)
-    shapes = propose_shapes(facts.headers, size, step, choices.values["encode.max_aspect"], least)
-    buckets = None if shapes.buckets is None else [list(bucket) for bucket in shapes.buckets]
-    choices.set("encode.buckets", buckets, shapes.reason)
-    choices.set("encode.bucket_step", None, "the list above, or a square")
-    choices.set(
-        "encode.bucket_overflow",
-        shapes.overflow,
-        "a small set loses no picture for its shape" if buckets else "without buckets unused",
+    return choose_shapes(
+        choices,
+        facts,
+        size=size,
+        step=step,
+        batch=batch,
+        overflow="a small set loses no picture for its shape",
     )
-    return shapes
 
 
 def _autoencoder_widths(base: RunConfig, size: int) -> tuple[int, ...]:

@@ -11,12 +11,13 @@ from launch.init.proposal import (
     Machine,
     Proposal,
     choose_input,
+    choose_shapes,
     input_notes,
     settled,
     shipped,
     validation_samples,
 )
-from launch.init.shapes import BUCKET_FILL, Shapes, propose_shapes, reaching, smallest_side, widest_aspect
+from launch.init.shapes import Shapes, reaching, smallest_side, widest_aspect
 from pipeline.config import RunConfig
 
 LARGE_SHARE, LARGE_SET = 0.6, 100_000
@@ -133,17 +134,9 @@ def _choose_network(choices: Choices, base: RunConfig, facts: Facts, machine: Ma
 
 def _choose_shapes(choices: Choices, base: RunConfig, facts: Facts, size: int, batch: int) -> Shapes:
     step = 8 * base.model.downsampling
-    least = (BUCKET_FILL * batch + choices.values["encode.validation_samples"]) / max(1, facts.usable)
-    shapes = propose_shapes(facts.headers, size, step, choices.values["encode.max_aspect"], least)
-    buckets = None if shapes.buckets is None else [list(bucket) for bucket in shapes.buckets]
-    choices.set("encode.buckets", buckets, shapes.reason)
-    choices.set("encode.bucket_step", None, "the list above, or a square")
-    choices.set(
-        "encode.bucket_overflow",
-        shapes.overflow,
-        "what no shape fits is cropped" if buckets else "without buckets unused",
+    return choose_shapes(
+        choices, facts, size=size, step=step, batch=batch, overflow="what no shape fits is cropped"
     )
-    return shapes
 
 
 def _choose_length(
