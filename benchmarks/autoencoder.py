@@ -91,7 +91,7 @@ def main() -> int:
     pairs = None
     for name in names:
         config = config_of(name, options.out_dir, options.steps)
-        pairs = pairs or prepared_pairs(config.encode)
+        pairs = pairs or prepared_pairs(config.autoencoder_source)
         lines[name] = line_of(name, config, pairs)
         print(lines[name].markdown(), flush=True)
     return report_idle(lines) if not options.only else 0

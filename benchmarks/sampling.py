@@ -25,7 +25,7 @@ from pipeline.config_file import load_config
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import GuidedNetwork
 from pipeline.diffusion.samplers import make_sampler
-from pipeline.generate import paint_latents
+from pipeline.generate import PICTURES_AT_ONCE, paint_latents
 from pipeline.models.text_memory import text_remembered
 from pipeline.models.unet import UNet
 from pipeline.publish import whole_file
@@ -62,7 +62,7 @@ def _middle() -> UNetConfig:
 
 
 SIZES = {
-    "demo": Size(_shipped("demo"), pictures=4, side=8, tokens=24, steps=10, rounds=20, at_least=1.1),
+    "demo": Size(_shipped("demo"), PICTURES_AT_ONCE, side=8, tokens=24, steps=10, rounds=16, at_least=1.1),
     "small": Size(_shipped("small"), pictures=4, side=16, tokens=24, steps=10, rounds=20, at_least=1.1),
     "middle": Size(_middle(), pictures=2, side=32, tokens=77, steps=5, rounds=10, at_least=0.98),
     "sd": Size(UNetConfig(), pictures=1, side=32, tokens=77, steps=2, rounds=6, at_least=0.98),

@@ -95,6 +95,11 @@ def _first_stage_problems(config: RunConfig) -> list[str]:
             f"so a multiple of {factor} is needed, e.g. {nearest}"
         )
     lines += _bucket_problems(config, factor)
+    if autoencoder.crop is not None and autoencoder.crop > config.encode.image_size:
+        lines.append(
+            f"first_stage.autoencoder.crop: {autoencoder.crop} pixels, but encode.image_size is {config.encode.image_size}; "
+            "give at most that, or null for whole pictures"
+        )
     if config.encode.image_size % clip.patch:
         lines.append(
             f"first_stage.clip.patch: {clip.patch} does not divide encode.image_size {config.encode.image_size}"
@@ -125,7 +130,7 @@ def file_problems(config: RunConfig, paths: RunPaths) -> list[str]:
             lines += [f"{folder}: {line}" for line in mismatches(Manifest.load(folder), config)]
         except DataError as error:
             lines.append(str(error))
-    lines += _warm_start_problems(config)
+    lines += _warm_start_problems(config) + _evaluation_problems(config, paths)
     if len(made) == len(datasets):
         return lines
     if not is_remote(config.encode.source) and not Path(config.encode.source).is_dir():
@@ -154,6 +159,25 @@ def _warm_start_problems(config: RunConfig) -> list[str]:
     return [
         f"warm_start.source: {config.warm_start.source} is no folder; give a run, a checkpoint or a diffusers folder"
     ]
+
+
+def _evaluation_problems(config: RunConfig, paths: RunPaths) -> list[str]:
+    """Return a line for each network or folder that the metrics of pictures name and that is not there."""
+    settings, lines = config.evaluate, []
+    has_clip = config.first_stage is not None or paths.clip.is_dir()
+    for name, metrics in (("features", {"kid", "frechet", "precision_recall"}), ("clip", {"clip"})):
+        place = getattr(settings, name)
+        if place is None and metrics & set(settings.metrics) and not has_clip:
+            lines.append(
+                f"evaluate.{name}: null, and this run trains no CLIP; give a local CLIP folder, or no such metrics"
+            )
+        elif place is not None and not Path(place).exists():
+            lines.append(f"evaluate.{name}: {place} is not there; give a local CLIP folder")
+    if settings.reference is not None and not Path(settings.reference).is_dir():
+        lines.append(
+            f"evaluate.reference: {settings.reference} is no folder; give one with pictures, or null"
+        )
+    return lines
 
 
 def _facts(config: RunConfig, paths: RunPaths) -> list[str]:

@@ -12,21 +12,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.check import refuse_problems
 from launch.local import run_local
 from pipeline.config import RunConfig
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import ConfigError
-from pipeline.evaluate import evaluate_run
+from pipeline.evaluation.run import evaluate_run
 from pipeline.export import export_pipeline
 from pipeline.first_stage.autoencoder import train_autoencoder
 from pipeline.first_stage.clip import train_clip
 from pipeline.paths import RunPaths
 from pipeline.publish import file_digest, folder_digest, json_digest, write_bytes, write_json
 from pipeline.sample import sample_grid
-from pipeline.tracking import read_records
+from pipeline.tracking import config_for_later, read_records
 from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
+from preprocessing.encode_records import record_encoding
 from preprocessing.finalize import finalize_dataset
 from preprocessing.pairs import prepared_pairs
 from preprocessing.report import write_report
@@ -72,7 +74,9 @@ class Stage:
 
 
 def _autoencoder(demo: Demo) -> str:
-    return folder_digest(train_autoencoder(demo.config, prepared_pairs(demo.config.encode), demo.paths))
+    return folder_digest(
+        train_autoencoder(demo.config, prepared_pairs(demo.config.autoencoder_source), demo.paths)
+    )
 
 
 def _clip(demo: Demo) -> str:
@@ -91,6 +95,7 @@ def _encode(demo: Demo) -> str:
         text_encoder=paths.text_encoder,
     )
     manifest = finalize_dataset(config, paths.latents, source)
+    record_encoding(config, paths, paths.latents, manifest)
     result = verify_dataset(paths.latents, samples=None, decode_with=None)
     assert not result.problems, result.problems
     write_report(paths.latents, source, paths.autoencoder, config.encode.image_column)
@@ -99,7 +104,7 @@ def _encode(demo: Demo) -> str:
 
 def _train(demo: Demo) -> str:
     resolved = demo.paths.root / "demo.yaml"
-    write_bytes(resolved, dump_config(demo.config).encode())
+    write_bytes(resolved, dump_config(config_for_later(demo.config)).encode())
     command = [sys.executable, "-m", "launch.cli", "train", str(resolved)]
     code = run_local(command, demo.config.engine.processes, threads=demo.config.engine.threads)
     if code:
@@ -139,8 +144,8 @@ STAGES = (
 )
 
 
-def run_demo(path: Path, overrides: Sequence[str] = (), *, fast: bool = False) -> None:
-    """Run every stage that is not done yet and say where the results lie.
+def run_demo(path: Path, overrides: Sequence[str] = (), *, fast: bool = False) -> dict[str, Any]:
+    """Run every stage that is not done yet, say where the results lie, and return what each has made and taken.
 
     Raises:
         ConfigError: when the config is wrong, or the run folder was made with other settings.
@@ -161,6 +166,7 @@ def run_demo(path: Path, overrides: Sequence[str] = (), *, fast: bool = False) -
         done[stage.name] = {"digest": digest, "seconds": round(time.monotonic() - started, 1)}
         write_json(_record(demo), {"config": _config_digest(config), "stages": done})
     logger.info("%s", _closing_words(demo, done))
+    return {"run": paths.root, "stages": done}
 
 
 def _record(demo: Demo) -> Path:

@@ -19,9 +19,12 @@ from types import FrameType
 
 from launch.nodes import COMMON, OPENMPI, TORCHRUN, free_port
 from launch.supervisor.exits import FINAL_CODES, STOP_SIGNAL_CODES
+from launch.supervisor.hang import Judge, name_guilty
 from launch.supervisor.history import newest_step
-from pipeline.errors import NoProgressError, StoppedError, ToolError
+from pipeline.config.health import HealthConfig
+from pipeline.errors import NoProgressError, PipelineError, StoppedError, ToolError
 from pipeline.paths import RunPaths
+from pipeline.training.health.heartbeat import read_heartbeats
 
 # How long after the first failure others may follow: a rank that was killed often takes its peers along within
 # milliseconds, and the one killed is the one to name.
@@ -30,6 +33,8 @@ SETTLE_SECONDS = 0.5
 END_SECONDS = 5.0
 # Ranks leave together after a stop; one that still runs so long after the first is stuck (as srun --wait=60).
 STOP_SECONDS = 60.0
+# How often heartbeats are looked at.
+LOOK_SECONDS = 0.5
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -47,9 +52,26 @@ class _Rank:
 
 
 @dataclass
+class Heartbeats:
+    """Where the ranks of a training leave their signs of life, and who judges them."""
+
+    run: RunPaths
+    judge: Judge
+
+    @classmethod
+    def expected(cls, run: RunPaths, health: HealthConfig, processes: int) -> "Heartbeats":
+        """Return those of a start that is about to begin; an earlier start's are removed."""
+        for old in run.heartbeats.glob("rank-*.json"):
+            old.unlink(missing_ok=True)
+        return cls(run, Judge(health, processes))
+
+
+@dataclass
 class _World:
     """All ranks of one run, who failed within the settling time, and when their end is due (monotonic seconds)."""
 
+    heartbeats: Heartbeats | None = None
+    stuck: bool = False
     ranks: list[_Rank] = field(default_factory=list)
     failed: list[_Rank] = field(default_factory=list)
     blamed: _Rank | None = None
@@ -63,19 +85,25 @@ class _World:
 
 
 def run_local(
-    argv: Sequence[str], processes: int, *, threads: int, environment: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    processes: int,
+    *,
+    threads: int,
+    environment: Mapping[str, str] | None = None,
+    heartbeats: Heartbeats | None = None,
 ) -> int:
     """Run `processes` copies of `argv` as one world on this machine and return the exit code of the whole.
 
     0 if all ended with 0; 75 if they stopped on request; else the code of the rank that failed first (128 + n for a
     signal n), which is named on standard error while the others are ended. TERM, INT and USR2 go to every rank; a
     second INT ends them at once. Rank 0 owns the terminal, the lines of the others get their rank in front.
-    `environment` replaces this process's; `threads` is OMP_NUM_THREADS. Call it from the main thread.
+    With `heartbeats`, ranks that hang leave their stacks in the run folder, the guilty one is named, all are killed,
+    and the code is 1. `environment` replaces this process's; `threads` is OMP_NUM_THREADS. Call it from the main thread.
 
     Raises:
         ToolError: if the command cannot be started.
     """
-    world = _World()
+    world = _World(heartbeats)
     base = _clean_environment(os.environ if environment is None else environment)
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(os.getpid()))}
     base |= {"OMP_NUM_THREADS": str(threads)}
@@ -98,8 +126,10 @@ def run_local(
     return _exit_code(world)
 
 
-def train_local(argv: Sequence[str], processes: int, run: RunPaths, *, threads: int) -> int:
-    """Run the training `argv` of `run` as `run_local` does, again after a crash that came behind a newer checkpoint.
+def train_local(
+    argv: Sequence[str], processes: int, run: RunPaths, *, threads: int, health: HealthConfig
+) -> int:
+    """Run the training `argv` of `run` as `run_local` does, again after a crash or hang behind a newer checkpoint.
 
     Returns what `run_local` does: done, stopped and what would only happen again end it, and so does a crash before
     the first checkpoint. 6 when a start that went on from a checkpoint has crashed before the next one.
@@ -107,7 +137,8 @@ def train_local(argv: Sequence[str], processes: int, run: RunPaths, *, threads: 
     crashed = False
     while True:
         before = newest_step(run)
-        code = run_local(argv, processes, threads=threads)
+        heartbeats = Heartbeats.expected(run, health, processes)
+        code = run_local(argv, processes, threads=threads, heartbeats=heartbeats)
         if code in (0, StoppedError.exit_code) or code in FINAL_CODES or code in STOP_SIGNAL_CODES:
             return code
         newest = newest_step(run)
@@ -178,7 +209,7 @@ def _signals_as_bytes() -> Iterator[int]:
 def _wait_once(world: _World, wake: int, selector: selectors.BaseSelector) -> None:
     """Sleep until something happens, then do what it asks for."""
     dues = [due for due in (world.terminate_at, world.kill_at) if due is not None]
-    timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
+    timeout = max(0.0, min(dues) - time.monotonic()) if dues else (LOOK_SECONDS if world.heartbeats else None)
     for key, _ in selector.select(timeout):
         if key.fd == wake:
             for number in os.read(wake, 4096):
@@ -199,6 +230,25 @@ def _wait_once(world: _World, wake: int, selector: selectors.BaseSelector) -> No
         for rank in world.running:
             _say(f"rank {rank.number} still runs and is killed")
         _end(world.running, signal.SIGKILL)
+    elif not dues and world.heartbeats is not None and world.running:
+        _end_if_stuck(world, world.heartbeats)
+
+
+def _end_if_stuck(world: _World, heartbeats: Heartbeats) -> None:
+    """Where a rank has been silent for too long: keep all stacks, name the guilty one, kill all."""
+    silence = heartbeats.judge.look(read_heartbeats(heartbeats.run))
+    if silence is None:
+        return
+    running = {rank.number: rank for rank in world.running}
+
+    def ask() -> None:
+        for rank in running.values():
+            _tell(rank, signal.SIGUSR1)
+
+    guilty, how = name_guilty(heartbeats.run, heartbeats.judge, silence, list(running), ask)
+    _say(f"stuck: rank {guilty} of {len(world.ranks)} {how}")
+    world.stuck, world.blamed = True, running[guilty]
+    _end(world.running, signal.SIGKILL)
 
 
 def _forward(world: _World, number: int) -> None:
@@ -207,7 +257,13 @@ def _forward(world: _World, number: int) -> None:
         _end(world.running, signal.SIGKILL)
         return
     for rank in world.running:
-        rank.process.send_signal(number)
+        _tell(rank, number)
+
+
+def _tell(rank: _Rank, number: int) -> None:
+    # Not Popen.send_signal, which reaps: the zombie belongs to _note_end.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rank.process.pid, number)
 
 
 def _note_end(world: _World, rank: _Rank) -> None:
@@ -276,6 +332,8 @@ def _drain(selector: selectors.BaseSelector, wake: int) -> None:
 def _exit_code(world: _World) -> int:
     if world.interrupts > 1:
         return 128 + signal.SIGINT
+    if world.stuck:
+        return PipelineError.exit_code
     if world.blamed is not None and world.blamed.code is not None:
         return world.blamed.code
     return max((rank.code or 0 for rank in world.ranks), default=0)

@@ -18,7 +18,7 @@ from pipeline.errors import PipelineError, StoppedError
 from pipeline.paths import RunPaths
 from pipeline.training.health.heartbeat import name_silent, read_heartbeats
 from pipeline.training.stop import answer_with_stacks
-from pipeline.training.train import train
+from pipeline.training.train import TrainResult, train
 from pipeline.training.world import end_world, start_world
 
 ATTEMPT_VARIABLE = "LDM_ATTEMPT"
@@ -30,8 +30,8 @@ NO_MEMORY = ("can't allocate memory", "out of memory")
 
 def train_rank(
     config: RunConfig, paths: RunPaths, placement: Placement, *, accept_data_change: bool = False
-) -> str:
-    """Train as the rank that `placement` names; return the line to print, empty but on rank 0.
+) -> TrainResult:
+    """Train as the rank that `placement` names, to the last step.
 
     Raises:
         StoppedError: when the training was asked to stop and has saved its state.
@@ -63,9 +63,7 @@ def train_rank(
         raise StoppedError(
             f"{paths.root}: stopped at step {result.step} with its state saved; run the same command to go on"
         )
-    if placement.rank:
-        return ""
-    return f"{paths.root}: step {result.step}, {result.samples} samples, loss {result.loss:.4f}"
+    return result
 
 
 @contextmanager

@@ -7,6 +7,7 @@ they are.
 
 import json
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.models.model_folder import open_model_folder, read_json
 from pipeline.models.unet import UNet
 from pipeline.models.unet_folder import refuse_other_weights, save_unet
 from pipeline.paths import RunPaths
+from pipeline.tracking import open_records
 
 VAE_STEM = "diffusion_pytorch_model"
 TEXT_STEM = "model"
@@ -39,6 +41,8 @@ TOKENIZER_FILES = (
 )
 
 
+REGISTERING_SECONDS = 600.0
+"""How long `export` waits until MLflow has taken the pipeline; `ldm sync` goes on where it did not."""
 SDXL_FIRST, SDXL_SECOND = "CLIPTextModel", "CLIPTextModelWithProjection"
 
 
@@ -84,6 +88,10 @@ def export_pipeline(paths: RunPaths, config: RunConfig, *, weights: Weights = "e
         write_pipeline(folder, parts)
         card = model_card(generator, config, parts.pipeline_class)
         publish.write_bytes(folder / "README.md", card.encode())
+    if config.tracking.register_model:
+        records = open_records(paths, config, kind="export", attempt=uuid.uuid4().hex[:12])
+        records.keep("model", paths.export, trained.step, config.name)
+        records.close(wait_seconds=REGISTERING_SECONDS)
     return paths.export
 
 

@@ -21,6 +21,7 @@ from pipeline.models.unet import UNet, parameter_count
 from pipeline.models.unet_folder import open_unet_folder
 from pipeline.paths import RunPaths, autoencoder_folder, dataset_folder, text_encoder_folder
 from pipeline.publish import write_bytes
+from pipeline.tracking import config_for_later
 from pipeline.training.frozen import frozen_names
 from pipeline.training.saving.manifest import aside, committed, read_manifest
 from pipeline.training.warm_start import RunSource, Source, open_source
@@ -64,7 +65,7 @@ def import_run(wanted: WarmStartConfig, config: RunConfig, paths: RunPaths) -> l
     begun = _validated(tree, wanted.source)
     source = open_source(wanted, begun.model, World())
     frozen = frozen_names([name for name, _ in _parameters(begun.model)], begun.train.freeze)
-    write_bytes(paths.config, dump_config(begun).encode())
+    write_bytes(paths.config, dump_config(config_for_later(begun)).encode())
     return [*_facts(source, begun, frozen), *_differences(origin["objective"], begun), *_encoders(encode)]
 
 

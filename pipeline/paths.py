@@ -33,6 +33,21 @@ class RunPaths:
         return self.root / "mlflow_run.json"
 
     @property
+    def starts(self) -> Path:
+        """One JSON line for each start: its code, machine, and the checkpoint it went on from."""
+        return self.root / "starts.jsonl"
+
+    @property
+    def system(self) -> Path:
+        """One JSON record every ten seconds of what the machine of rank 0 and the tracker itself did."""
+        return self.root / "system.jsonl"
+
+    @property
+    def artifacts(self) -> Path:
+        """One JSON line for each picture, file and model that a tracker keeps too."""
+        return self.root / "artifacts.jsonl"
+
+    @property
     def log(self) -> Path:
         """Folder of the log files, one a node."""
         return self.root / "log"

@@ -7,13 +7,14 @@ nothing. A batch job's log gets one line at most every ten seconds, without cont
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
 QUIET = "LDM_QUIET"
 Shown = float | str
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -125,6 +126,14 @@ def progress_bar(total: int, label: str, *, done: int = 0, unit: str = "step") -
         yield progress
     finally:
         progress.finish()
+
+
+def followed(items: Sequence[Item], label: str, *, unit: str) -> Iterator[Item]:
+    """Yield the items, with a bar over them."""
+    with progress_bar(len(items), label, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
 
 
 def _open(total: int, label: str, *, done: int, unit: str) -> Progress:

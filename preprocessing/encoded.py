@@ -52,7 +52,10 @@ class Encoder(Protocol):
         """Give back what is cached: called between two attempts at a batch for which memory ran out."""
 
     def encode(self, images_BHWC: np.ndarray, captions: Sequence[tuple[str, ...]]) -> EncodedBatch:
-        """Return the stored arrays of uint8 [B,S,S,3] pictures with at least one caption each."""
+        """Return the stored arrays of uint8 [B,S,S,3] pictures with at least one caption each.
+
+        The pictures' memory is the caller's again afterwards.
+        """
 
 
 def fill_captions(captions: Sequence[str], count: int) -> list[str]:

@@ -30,6 +30,7 @@ from pipeline.latents.shard import (
 from pipeline.latents.spec import LatentSpec
 from pipeline.models.text_pair import load_text_encoder
 from pipeline.paths import RunPaths, text_encoder_folder
+from pipeline.progress import followed
 from pipeline.publish import file_digest, whole_file, write_bytes
 from preprocessing.claims import remove_dead_temporaries
 from preprocessing.encoded import stored_tokens
@@ -121,7 +122,7 @@ def _listed(names: Sequence[str]) -> str:
 def _check_files(out: Path, records: Sequence[ShardRecord]) -> None:
     """Refuse a shard whose own counts do not add up or whose files are not the ones it committed."""
     wrong = []
-    for record in records:
+    for record in followed(records, f"finalize {out}", unit="shard"):
         tar, parquet = (shard_path(out, record.stem, suffix) for suffix in (".tar", ".parquet"))
         found = tar.stat().st_size if tar.is_file() else None
         in_segments = sum(segment.rows for segment in record.segments)

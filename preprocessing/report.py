@@ -25,6 +25,7 @@ from pipeline.latents.segments import SPLITS
 from pipeline.latents.shard import shard_path
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.pixels import pixels_from_images
+from pipeline.progress import followed
 from pipeline.publish import write_bytes
 from preprocessing.filters import Rules
 from preprocessing.images import PreparedSample, png_bytes, prepare_sample
@@ -130,7 +131,7 @@ def compare(
         for index in spaced(len(dataset), GALLERY_SAMPLES // 2):
             stem = dataset.shard_names[dataset.table.place(index).shard]
             wanted.setdefault(stem, {})[dataset.read(index).key] = index
-        for stem, indices in wanted.items():
+        for stem, indices in followed(list(wanted.items()), f"comparing {split} samples", unit="shard"):
             if stem not in shards:
                 raise DataError(f"{source}: has no shard {stem}: not the input that {out} was encoded from")
             for raw in shards[stem].samples(only=indices):

@@ -135,9 +135,10 @@ def _parse_header(block: bytes, position: int) -> _Header:
 
 def _check_sum(block: bytes, position: int) -> None:
     blanked = block[:148] + b" " * 8 + block[156:]
-    unsigned = sum(blanked)
-    signed = unsigned - 256 * sum(byte > 127 for byte in blanked)  # what some old writers stored
-    if _octal(block[148:156]) in (unsigned, signed):
+    stored, unsigned = _octal(block[148:156]), sum(blanked)
+    if stored == unsigned:
+        return
+    if stored == unsigned - 256 * sum(byte > 127 for byte in blanked):  # what some old writers stored
         return
     raise _DamageError(
         position, "damaged header (its checksum is wrong)" if position else "not a tar: no header"

@@ -25,6 +25,7 @@ from pipeline.latents.segments import SPLITS, Segment, load_segments, segments_a
 from pipeline.latents.shard import ChannelStatistics, Counts, ShardRecord, shard_path
 from pipeline.latents.spec import LatentSpec
 from pipeline.models.autoencoder import FrozenAutoencoder
+from pipeline.progress import followed
 from pipeline.publish import file_digest
 from preprocessing.encoded import LOGVAR_RANGE
 from preprocessing.strict_tar import Member, walk_tar
@@ -56,7 +57,8 @@ def verify_dataset(out: Path, *, samples: int | None, decode_with: Path | None) 
         manifest = Manifest.load(out)
         _check_totals(out, manifest, result)
         if samples is None:
-            for number, record in enumerate(_markers(out, manifest, result)):
+            records = list(_markers(out, manifest, result))
+            for number, record in enumerate(followed(records, f"verify {out}", unit="shard")):
                 _check_shard(out, number, record, manifest.spec, result)
         for split in SPLITS:
             _read_by_position(out, split, samples, result)

@@ -83,16 +83,19 @@ class ChannelSums:
         self._spec = spec
         self._positions = 0
         self._total, self._squares, self._variance = (np.zeros(spec.channels) for _ in range(3))
+        self._values = np.empty((0, 0))  # float64 of one sample, kept: fresh memory costs more than the sums
 
     def add(self, latent: np.ndarray) -> None:
         """Take the stored latent member [2C or C, h, w] of one sample."""
-        values = latent.astype(np.float64).reshape(len(latent), -1)
-        mean = values[: self._spec.channels]
+        if self._values.size != latent.size:
+            self._values = np.empty((len(latent), latent[0].size))
+        self._values[...] = latent.reshape(len(latent), -1)
+        mean, logvar = self._values[: self._spec.channels], self._values[self._spec.channels :]
         self._positions += mean.shape[1]
         self._total += mean.sum(axis=1)
-        self._squares += np.square(mean).sum(axis=1)
+        self._squares += np.square(mean, out=mean).sum(axis=1)
         if self._spec.latent == "moments":
-            self._variance += np.exp(values[self._spec.channels :]).sum(axis=1)
+            self._variance += np.exp(logvar, out=logvar).sum(axis=1)
 
     def statistics(self) -> ChannelStatistics:
         """Return the sums as the marker stores them."""
@@ -105,7 +108,7 @@ class EncoderTurn:
 
     def __init__(self, encoder: Encoder) -> None:
         self.spec, self.batch = encoder.spec, encoder.batch
-        self._encoder, self._turn = encoder, threading.Lock()
+        self._encoder, self._turn, self._room = encoder, threading.Lock(), threading.local()
 
     def encode(self, samples: Sequence[PreparedSample]) -> tuple[EncodedBatch, int]:
         """Return the encoded batch and how often memory ran out before it worked: 0 or 1.
@@ -116,7 +119,7 @@ class EncoderTurn:
         Raises:
             PipelineError: when memory runs out again.
         """
-        images = np.stack([sample.picture.pixels for sample in samples])
+        images = self._stacked(samples)
         captions = [sample.captions for sample in samples]
         with self._turn:
             try:
@@ -134,6 +137,15 @@ class EncoderTurn:
                     f"out of memory twice on a batch of {self.batch} pictures of {images.shape[1]}x{images.shape[2]}; "
                     "lower encode.batch (and encode into a new folder: it is part of the fingerprint)"
                 ) from None
+
+    def _stacked(self, samples: Sequence[PreparedSample]) -> np.ndarray:
+        """Return uint8 [B,H,W,3] in memory that this thread's next batch takes again."""
+        pixels = [sample.picture.pixels for sample in samples]
+        shape = (self.batch, *pixels[0].shape)
+        room: np.ndarray | None = getattr(self._room, "images", None)
+        if room is None or room.shape != shape:
+            room = self._room.images = np.empty(shape, np.uint8)
+        return np.stack(pixels, out=room[: len(pixels)])
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,48 +1,42 @@
 """One output shard on disk: tar, parquet, commit marker, in this order, each published first-wins.
 
 Samples are spooled to an unnamed file until all are known, because the order inside the tar is (split, bucket)
-and the split depends on which samples were written. After writing, the tar is read back: offsets, headers and
-checksums come from what is on disk, not from what should be there.
+and the split depends on which samples were written. Digest and checksums are taken of what is meant while it is
+written, in one pass; what a disk makes of it is held against them by `ldm verify`.
 """
 
 import hashlib
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from webdataset.writer import TarWriter
+import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.latents.record import (
-    LatentSample,
-    json_length,
-    npy_bytes,
-    padded_json,
-    parse_sample,
-    stride_bytes,
-)
+from pipeline.latents.record import LatentSample, npy_header, padded_length, record_json, stride_bytes
 from pipeline.latents.rows import ROW_SCHEMA, write_table
 from pipeline.latents.segments import SPLITS, Segment
 from pipeline.latents.shard import shard_path
 from pipeline.latents.spec import Bucket, LatentSpec
 from pipeline.publish import file_digest
 from preprocessing.claims import claimed_temporary, publish_same
+from preprocessing.tar_blocks import padding, tar_end, tar_header
 
 
 @dataclass
 class SpooledSample:
-    """One encoded sample: its arrays lie in the spool, the rest is here."""
+    """One encoded sample: the tar bytes of its arrays lie in the spool, the rest is here."""
 
     key: str
     bucket: Bucket
-    record: dict[str, Any]
+    json: bytes
     row: dict[str, Any]
     offset: int
-    sizes: list[int]
+    size_bytes: int
 
 
 class Spool:
@@ -68,18 +62,29 @@ class Spool:
         members = self.spec.members(bucket)
         found = {name: (array.dtype.str, array.shape) for name, array in sample.arrays.items()}
         assert found == {member.name: (member.dtype, member.shape) for member in members}, (found, members)
-        blobs = [npy_bytes(sample.arrays[member.name]) for member in members]
-        self._stream.write(b"".join(blobs))
-        self.samples.append(
-            SpooledSample(sample.key, bucket, sample.record, row, self._end, [len(blob) for blob in blobs])
-        )
-        self._end += sum(self.samples[-1].sizes)
+        size = 0
+        for member in members:
+            payload, header = (
+                np.ascontiguousarray(sample.arrays[member.name]),
+                npy_header(member.dtype, member.shape),
+            )
+            file_bytes = len(header) + payload.nbytes
+            front = tar_header(f"{sample.key}.{member.name}.npy", file_bytes) + header
+            after = padding(file_bytes)
+            self._stream.write(front)
+            self._stream.write(payload.data)
+            self._stream.write(after)
+            size += len(front) + payload.nbytes + len(after)
+        text = record_json(sample.record)
+        self.samples.append(SpooledSample(sample.key, bucket, text, row, self._end, size))
+        self._end += size
 
-    def members(self, sample: SpooledSample) -> Iterator[tuple[str, bytes]]:
-        """Yield (name, npy file) of the sample's arrays in tar order."""
+    def arrays(self, sample: SpooledSample) -> bytes:
+        """Return the tar bytes of the sample's arrays: all of its members but the json."""
         self._stream.seek(sample.offset)
-        for member, size in zip(self.spec.members(sample.bucket), sample.sizes, strict=True):
-            yield member.name, self._stream.read(size)
+        content: bytes = self._stream.read(sample.size_bytes)
+        assert len(content) == sample.size_bytes, (sample.key, len(content))
+        return content
 
 
 @dataclass(frozen=True)
@@ -132,69 +137,60 @@ def write_shard(
     tar_path, parquet_path = shard_path(dataset, stem, ".tar"), shard_path(dataset, stem, ".parquet")
     with claimed_temporary(tar_path) as beside:
         with beside.open("wb") as stream:
-            segments = _write_tar(stream, spool, stretches)
-        rows = _read_back(beside, segments, stretches, spool.spec)
-        tar_bytes, tar_digest = beside.stat().st_size, file_digest(beside)
-        publish_same(beside, tar_path, tar_digest)
-    rows += other_rows
+            tar = _Tar(stream)
+            segments = [tar.write_stretch(stretch, spool) for stretch in stretches]
+            tar.end()
+        found = beside.stat().st_size
+        if found != tar.size_bytes:
+            raise DataError(f"{beside}: {tar.size_bytes} bytes written, {found} there; is the disk at fault?")
+        digest = tar.digest.hexdigest()
+        publish_same(beside, tar_path, digest)
+    rows = tar.rows + other_rows
     with claimed_temporary(parquet_path) as beside:
         write_table(beside, rows, ROW_SCHEMA)
         parquet_digest = file_digest(beside)
         publish_same(beside, parquet_path, parquet_digest)
-    return WrittenShard(segments, tar_bytes, tar_digest, parquet_digest, rows)
+    return WrittenShard(segments, tar.size_bytes, digest, parquet_digest, rows)
 
 
-def _write_tar(stream: BinaryIO, spool: Spool, stretches: list[Stretch]) -> list[Segment]:
-    """Write all samples and return the segments by arithmetic; `_read_back` holds the tar against them."""
-    segments = []
-    first_row = first_offset = 0
-    # mtime 0 as an integer: a float would put a pax header, and the time of day, in front of each member.
-    with TarWriter(stream, encoder=False, mtime=0) as tar:
-        for stretch in stretches:
-            json_bytes = json_length(sample.record for sample in stretch.samples)
-            for sample in stretch.samples:
-                # One call a member: TarWriter would sort the members of one call by name.
-                for name, npy in spool.members(sample):
-                    tar.write({"__key__": sample.key, f"{name}.npy": npy})
-                tar.write({"__key__": sample.key, "json": padded_json(sample.record, json_bytes)})
-            segment = Segment(
-                shard=0,
-                split=stretch.split,
-                height=stretch.bucket[0],
-                width=stretch.bucket[1],
-                json_bytes=json_bytes,
-                first_row=first_row,
-                rows=len(stretch.samples),
-                stride=stride_bytes(spool.spec.members(stretch.bucket), json_bytes),
-                first_offset=first_offset,
-            )
-            segments.append(segment)
-            first_row += segment.rows
-            first_offset += segment.rows * segment.stride
-    return segments
+class _Tar:
+    """A tar that is being written: its digest and the rows of its samples grow with it."""
 
+    def __init__(self, stream: BinaryIO) -> None:
+        self.size_bytes, self.rows = 0, list[dict[str, Any]]()
+        self.digest = hashlib.sha256()
+        self._stream = stream
 
-def _read_back(
-    path: Path, segments: list[Segment], stretches: list[Stretch], spec: LatentSpec
-) -> list[dict[str, Any]]:
-    """Return the rows of the written samples, with offset and checksum of what is on disk."""
-    rows: list[dict[str, Any]] = []
-    with path.open("rb") as stream:
-        for segment, stretch in zip(segments, stretches, strict=True):
-            for sample in stretch.samples:
-                offset = stream.tell()
-                block = stream.read(segment.stride)
-                found = parse_sample(
-                    block, spec.members(stretch.bucket), segment.json_bytes, f"{path}: {sample.key}"
-                )
-                if found.record != sample.record or offset != segment.first_offset + segment.stride * (
-                    len(rows) - segment.first_row
-                ):
-                    raise DataError(
-                        f"{path}: {sample.key} is not where it was written; is the disk at fault?"
-                    )
-                row = {**sample.row, "split": stretch.split, "offset": offset, "crc32": zlib.crc32(block)}
-                rows.append(row)
-        if stream.read().strip(b"\0"):
-            raise DataError(f"{path}: data after the last sample; is the disk at fault?")
-    return rows
+    def write_stretch(self, stretch: Stretch, spool: Spool) -> Segment:
+        """Write all samples of the stretch, equally long each, and return its segment."""
+        json_length = padded_length(max(len(sample.json) for sample in stretch.samples))
+        segment = Segment(
+            shard=0,
+            split=stretch.split,
+            height=stretch.bucket[0],
+            width=stretch.bucket[1],
+            json_bytes=json_length,
+            first_row=len(self.rows),
+            rows=len(stretch.samples),
+            stride=stride_bytes(spool.spec.members(stretch.bucket), json_length),
+            first_offset=self.size_bytes,
+        )
+        for sample in stretch.samples:
+            offset, arrays = self.size_bytes, spool.arrays(sample)
+            text = tar_header(f"{sample.key}.json", json_length) + sample.json.ljust(json_length)
+            text += padding(json_length)
+            self._write(arrays)
+            self._write(text)
+            assert self.size_bytes == offset + segment.stride, (sample.key, segment)
+            checksum = zlib.crc32(text, zlib.crc32(arrays))
+            self.rows.append({**sample.row, "split": stretch.split, "offset": offset, "crc32": checksum})
+        return segment
+
+    def end(self) -> None:
+        """Write the end mark."""
+        self._write(tar_end(self.size_bytes))
+
+    def _write(self, content: bytes) -> None:
+        self._stream.write(content)
+        self.digest.update(content)
+        self.size_bytes += len(content)

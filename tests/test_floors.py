@@ -21,7 +21,6 @@ PIPELINE_FLOORS = {
     "pipeline.storage": 1,
     "pipeline.latents": 2,
     "pipeline.tracking": 2,
-    "pipeline.tracking_mlflow": 2,
     "pipeline.progress": 2,
     "pipeline.data": 3,
     "pipeline.data.order": 3,
@@ -55,7 +54,7 @@ PIPELINE_FLOORS = {
     "pipeline.training.midway": 9,
     "pipeline.average": 7,
     "pipeline.generate": 7,
-    "pipeline.evaluate": 8,
+    "pipeline.evaluation": 8,
     "pipeline.sample": 8,
     "pipeline.export": 8,
     "pipeline.import_pipeline": 8,
@@ -69,11 +68,24 @@ LAUNCH_FLOOR = 11
 HOMES = {
     "deepspeed": {"pipeline.training.engine", "pipeline.training.fragments"},
     "torch.distributed": {"pipeline.training.world"},
-    "mlflow": {"pipeline.tracking_mlflow"},
-    "transformers": {"pipeline.models.text_encoder", "pipeline.models.text_models"},
+    "mlflow": {
+        "pipeline.tracking.mlflow_door",
+        "pipeline.tracking.model_version",
+        "pipeline.tracking.pipeline_model",
+    },
+    "transformers": {
+        "pipeline.models.text_encoder",
+        "pipeline.models.text_models",
+        "pipeline.evaluation.clip",
+    },
     "tokenizers": {"pipeline.models.text_encoder"},
-    "diffusers": {"pipeline.models.autoencoder", "pipeline.diffusion.samplers", "pipeline.export"},
-    "webdataset": {"preprocessing.writer", "pipeline.data.foreign"},
+    "diffusers": {
+        "pipeline.models.autoencoder",
+        "pipeline.diffusion.samplers",
+        "pipeline.export",
+        "pipeline.tracking.pipeline_model",
+    },
+    "webdataset": {"pipeline.data.foreign"},
     "fsspec": {"pipeline.storage"},
     "pyarrow": {
         "pipeline.latents.rows",
@@ -86,6 +98,8 @@ HOMES = {
         "pipeline.first_stage.stage",
     },
 }
+STATE_DICT_READERS = {"pipeline.evaluation.inception"}
+"""FID's weights are published as a state dict alone: read with weights_only, which makes tensors and runs no code."""
 WITHOUT_TORCH = (
     "pipeline.config",
     "pipeline.config_file",
@@ -209,7 +223,8 @@ def test_imports_are_absolute_and_at_module_level() -> None:
     allowed = {
         "launch.verbs": PACKAGES,
         "launch.doctor": ("torch",),
-        "pipeline.tracking": ("pipeline.tracking_mlflow",),
+        "pipeline.tracking.delivery": ("pipeline.tracking.mlflow_sender",),
+        "pipeline.tracking.mlflow_door": ("pipeline.tracking.model_version",),
         "pipeline.progress": ("rich",),
         "pipeline.training.engine": ("deepspeed",),
         "pipeline.training.text": ("pipeline.models.text_pair",),
@@ -242,7 +257,7 @@ def test_torch_free_rooms_load_no_torch(module: str) -> None:
 def test_nothing_dangerous_is_called() -> None:
     """No pickle, no eval, no shell, no weights loaded with code in them."""
     wrong = []
-    for path in modules().values():
+    for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
@@ -255,9 +270,12 @@ def test_nothing_dangerous_is_called() -> None:
                 "os.system",
                 "pickle.load",
                 "pickle.loads",
-                "torch.load",
                 "yaml.load",
             }:
+                wrong.append(where)
+            if called == "torch.load" and (
+                given.get("weights_only") != "True" or module not in STATE_DICT_READERS
+            ):
                 wrong.append(where)
             if given.get("shell") == "True" or given.get("trust_remote_code") == "True":
                 wrong.append(where)

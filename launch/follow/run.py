@@ -1,7 +1,6 @@
 """How far a run is: Slurm's view of its jobs, then what its folder says. Each part does without the other."""
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from launch.supervisor.history import Attempt, read_history
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, ToolError
 from pipeline.paths import RunPaths
-from pipeline.tracking import parse_record, read_records
+from pipeline.tracking import goodput, parse_record, read_records
 from pipeline.training.saving.manifest import committed, step_of
 
 SHOWN_REASONS = 5
@@ -67,26 +66,6 @@ def run_status(paths: RunPaths, *, now: float | None = None) -> RunStatus:
     jobs, slurm = _jobs(paths)
     ends = [f"attempt {end.attempt} {end.outcome}: {end.reason}" for end in history[-SHOWN_REASONS:]]
     return RunStatus(root=str(paths.root), jobs=jobs, slurm=slurm, reasons=ends, **values)
-
-
-def goodput(records: Sequence[dict[str, Any]], global_batch: int, began: float | None = None) -> float | None:
-    """Return the share of the time since `began` that made steps which count, at the run's median speed.
-
-    `records` are those of the run's truth: steps that a restart computed again count once, while the time of both
-    passes. `began` is in seconds since 1970, None for the first step's begin; None is returned for fewer than two
-    records.
-
-    Source: effective training time ratio as in arXiv 2410.21680, section 2; the time in the queue counts as lost.
-    """
-    timed = [record for record in records if record.get("samples_per_second")]
-    if len(timed) < 2:
-        return None
-    rate = statistics.median(record["samples_per_second"] for record in timed)
-    first, last = timed[0], timed[-1]
-    if began is None:
-        began = first["time"] - first["step"] * global_batch / first["samples_per_second"]
-    seconds = last["time"] - began
-    return min(1.0, last["step"] * global_batch / rate / seconds) if seconds > 0 else None
 
 
 def attempts_of(paths: RunPaths) -> list[Attempt]:

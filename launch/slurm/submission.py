@@ -13,6 +13,7 @@ from pipeline import publish
 from pipeline.config import RunConfig
 from pipeline.config_file import dump_config
 from pipeline.paths import RunPaths
+from pipeline.tracking import config_for_later
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def submit_job(
     if dry_run:
         return SubmittedJob(script, ("sbatch", "--parsable", str(run.sbatch)), None)
     read_jobs(run.jobs)
-    publish.write_bytes(resolved, dump_config(config).encode())
+    publish.write_bytes(resolved, dump_config(config_for_later(config)).encode())
     return submit_script(config, run, JobText("train", tuple(command), script), record=run.jobs)
 
 

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.config_file import dump_config
 from pipeline.errors import PipelineError, ToolError
 from pipeline.paths import RunPaths
+from pipeline.tracking import config_for_later
 
 Wish = Literal["encode", "train", "all"]
 VERBS = {"encode": "encode", "finalize": "finalize", "rehearse": "train", "train": "train"}
@@ -40,10 +41,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job takes along from where it was submitted: that folder, and the code of its own."""
+    """What a job takes along from where it was submitted: that folder, the code of its own, the user's consent."""
 
     folder: Path
     code: Path | None = None
+    accept_data_change: bool = False
 
 
 def stages_of(wish: Wish, *, rehearse: bool) -> tuple[Stage, ...]:
@@ -67,7 +69,9 @@ def plan_jobs(config: RunConfig, run: RunPaths, stages: Sequence[Stage], around:
             own = rehearsal(config, run, len(list(earlier)) + 1)
             place = RunPaths(run.root / own.name)
         python = sys.executable if config.cluster.container.kind == "none" else "python"
-        command = (python, "-m", "launch.cli", VERBS[stage], str(resolved_config(place)))
+        command: tuple[str, ...] = (python, "-m", "launch.cli", VERBS[stage], str(resolved_config(place)))
+        if stage == "train" and around.accept_data_change:
+            command += ("--accept-data-change",)
         script = render_job(
             own, run=place, command=command, stage=stage, code=around.code, folder=around.folder
         )
@@ -88,7 +92,7 @@ def describe_jobs(jobs: Sequence[Job]) -> str:
 def write_configs(jobs: Sequence[Job]) -> None:
     """Write the resolved config that each job reads, so that no later edit reaches a job in the queue."""
     for job in jobs:
-        publish.write_bytes(resolved_config(job.run), dump_config(job.config).encode())
+        publish.write_bytes(resolved_config(job.run), dump_config(config_for_later(job.config)).encode())
 
 
 def submit_jobs(jobs: Sequence[Job], record: Path, *, after: str | None = None) -> list[SubmittedJob]:

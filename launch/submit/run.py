@@ -37,7 +37,12 @@ class Request:
     wish: Wish = "train"
     rehearse: bool = False
     sweep: Sequence[str] = ()
+    accept_data_change: bool = False
     dry_run: bool = False
+
+    def surroundings(self, code: Path | None = None) -> Surroundings:
+        """Return what the jobs take along, with `code` of their own."""
+        return Surroundings(Path.cwd(), code, self.accept_data_change)
 
 
 def submit(request: Request) -> str:
@@ -58,22 +63,24 @@ def submit(request: Request) -> str:
 def _submit_run(request: Request, config: RunConfig, run: RunPaths) -> str:
     stages = stages_of(request.wish, rehearse=request.rehearse)
     if request.dry_run:
-        return describe_jobs(plan_jobs(config, run, stages, Surroundings(Path.cwd())))
+        return describe_jobs(plan_jobs(config, run, stages, request.surroundings()))
     facts = _check(request, config, run, stages)
-    words = _hand_over(config, run, stages)
+    words = _hand_over(request, config, run, stages)
     return "\n".join([*(f"  {fact}" for fact in facts), words])
 
 
 def _check(
     request: Request, config: RunConfig, run: RunPaths, stages: Sequence[Stage], *, awaits_data: bool = False
 ) -> list[str]:
-    jobs = plan_jobs(config, run, stages, Surroundings(Path.cwd()))
+    jobs = plan_jobs(config, run, stages, request.surroundings())
     return preflight(config, run, jobs, str(request.config), awaits_data=awaits_data)
 
 
-def _hand_over(config: RunConfig, run: RunPaths, stages: Sequence[Stage], after: str | None = None) -> str:
+def _hand_over(
+    request: Request, config: RunConfig, run: RunPaths, stages: Sequence[Stage], after: str | None = None
+) -> str:
     """Snapshot the code, write what the jobs read, and submit them, the first after job `after`."""
-    jobs = plan_jobs(config, run, stages, Surroundings(Path.cwd(), snapshot_code(run.root)))
+    jobs = plan_jobs(config, run, stages, request.surroundings(snapshot_code(run.root)))
     write_configs(jobs)
     run.cancelled.unlink(missing_ok=True)
     if config.cluster.scheduler == "none":
@@ -96,7 +103,7 @@ def _submit_sweep(request: Request, config: RunConfig, run: RunPaths) -> str:
     if request.dry_run:
         made = [(config, run, stages_of("encode", rehearse=False))] if request.wish == "all" else []
         wanted = [*made, *((variant, place, stages) for variant, place in zip(variants, places, strict=True))]
-        return "\n".join(describe_jobs(plan_jobs(*job, Surroundings(Path.cwd()))) for job in wanted)
+        return "\n".join(describe_jobs(plan_jobs(*job, request.surroundings())) for job in wanted)
     problems, pages, after = [], [], None
     for variant, place in zip(variants, places, strict=True):
         try:
@@ -114,6 +121,7 @@ def _submit_sweep(request: Request, config: RunConfig, run: RunPaths) -> str:
         jobs = read_jobs(run.jobs)
         after = str(jobs[-1]["job_id"]) if jobs else None
     pages += [
-        _hand_over(variant, place, stages, after) for variant, place in zip(variants, places, strict=True)
+        _hand_over(request, variant, place, stages, after)
+        for variant, place in zip(variants, places, strict=True)
     ]
     return "\n".join(pages)

@@ -1,22 +1,20 @@
 """The code of a run as it was submitted: RUN/code/DIGEST, from which its jobs import, today and after any requeue."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import launch
 from pipeline import publish
 from pipeline.errors import ToolError
+from pipeline.tracking.starts import PACKAGES, commit_of
 
-PACKAGES = ("pipeline", "preprocessing", "launch")
 DIGEST_CHARACTERS = 12
-GIT_TIMEOUT_SECONDS = 20.0
 
 
 def snapshot_code(run: Path) -> Path:
     """Copy this project's modules to RUN/code/DIGEST, unless they lie there, and return that folder.
 
-    `commit.json` beside them names the commit they come from, and the files that differ from it.
+    `commit.json` beside them names the commit they come from, the files that differ from it and in how many lines.
 
     Raises:
         ToolError: when a module cannot be read.
@@ -44,28 +42,3 @@ def snapshot_code(run: Path) -> Path:
         facts = {"digest": digest, "copied_from": str(root), **commit_of(root)}
         (beside / "commit.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def commit_of(root: Path) -> dict[str, object]:
-    """Return the commit of the clone at `root` and the files of this project changed since; None without git."""
-    commit = _git(root, "rev-parse", "--verify", "HEAD")
-    if commit is None:
-        return {"commit": None, "changed": []}
-    changed = _git(root, "status", "--porcelain", "--untracked-files=all", "--", *PACKAGES) or ""
-    return {"commit": commit.strip(), "changed": [line[3:] for line in changed.splitlines()]}
-
-
-def _git(root: Path, *words: str) -> str | None:
-    command = ("git", "-C", str(root), "--no-optional-locks", *words)
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=GIT_TIMEOUT_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -58,10 +59,14 @@ def is_cancelled(job: Job, run: RunPaths, state: Mapping[str, str]) -> bool:
 
 def requeue(job: Job) -> str:
     """Put the job back into the queue; return why Slurm refused, or nothing. Slurm then ends this process."""
+    # Slurm sends TERM to all of this job as soon as it has taken the request: to scontrol too, before it has answered.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         done = call(("scontrol", "requeue", job.name), timeout_seconds=SECONDS)
     except ToolError as error:
         return str(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return complaint(done) if done.returncode else ""
 
 

@@ -99,6 +99,28 @@ class Judge:
         )
 
 
+def name_guilty(
+    run: RunPaths,
+    judge: Judge,
+    silence: Silence,
+    running: Sequence[int],
+    ask: Callable[[], None],
+) -> tuple[int, str]:
+    """Return the rank of `running` that holds the others up, and how that shows; `ask` sends USR1 to all of them.
+
+    Their stacks are in the run folder then.
+    """
+    marks = {rank: mark for rank, mark in stack_marks(run, judge.world_size).items() if rank in running}
+    ask()
+    stacks = collect_stacks(run, marks)
+    rank, how = guilty_rank(judge.beats, stacks, judge.world_size, running)
+    return rank, (
+        f"holds the others up: {how}; no sign of life for {silence.seconds:.0f} s in phase {silence.phase} after step "
+        f"{silence.step} (allowed {silence.allowed_seconds:g} s); stacks of {len(stacks)} of {len(running)} ranks in "
+        f"{run.log}/stacks-rank-*.txt"
+    )
+
+
 def stack_marks(run: RunPaths, world_size: int) -> dict[int, int]:
     """Return the size of each rank's file of stacks: what lies behind is written later."""
     return {rank: _size(run, rank) for rank in range(world_size)}

@@ -13,8 +13,9 @@ from launch.supervisor.exits import RANK_PARENT
 from pipeline.errors import ToolError
 
 SCANCEL_SECONDS = 20.0
-# From KILL of all tasks to the end of srun, which waits for a dead node for minutes.
+# From KILL of all tasks to the end of srun; one with a dead node would wait for it for minutes.
 END_SECONDS = 10.0
+LOST_SECONDS = 1.0
 # One rank has left: the others follow within this time, or are ended (collective work only).
 LEAVE_SECONDS = 60
 # Another launcher's words: a rank would believe them more than Slurm's.
@@ -133,12 +134,12 @@ class Step:
         if self._srun.poll() is None:
             self._srun.send_signal(number)
 
-    def kill(self, job_id: str) -> None:
-        """End every task that can be reached, and srun: it may wait in vain for a node that is gone."""
+    def kill(self, job_id: str, *, lost: bool = False) -> None:
+        """End every task that can be reached, and srun, which waits in vain where a node is `lost`."""
         for step_id in self._ids(job_id):
             with contextlib.suppress(ToolError):
                 call(("scancel", "--signal=KILL", step_id), timeout_seconds=SCANCEL_SECONDS)
-        if self.wait(END_SECONDS) is None:
+        if self.wait(LOST_SECONDS if lost else END_SECONDS) is None:
             self._srun.kill()
             self._srun.wait()
 

@@ -8,7 +8,6 @@ from statistics import median
 from launch.supervisor.step import StepPlan
 from pipeline.training.health.heartbeat import Beat
 
-EVERY_SECONDS = 60.0
 # A rank is named when the others spend so much more of their time waiting than it does.
 MARGIN = 0.2
 LEAST_STEPS = 5
@@ -16,11 +15,11 @@ LEAST_STEPS = 5
 
 @dataclass
 class Stragglers:
-    """Compares, once a minute, how much of the time since the last look each rank has waited."""
+    """Compares, every so often, how much of the time since the last look each rank has waited."""
 
     plan: StepPlan
+    every_seconds: float
     clock: Callable[[], float] = time.monotonic
-    every_seconds: float = EVERY_SECONDS
     _before: dict[int, Beat] = field(default_factory=dict)
     _looked: float = field(init=False)
 
@@ -28,7 +27,7 @@ class Stragglers:
         self._looked = self.clock()
 
     def look(self, beats: Sequence[Beat]) -> list[str]:
-        """Return a line about the rank that the others wait for, if one stands out; at most one a minute."""
+        """Return a line about the rank that the others wait for, if one stands out; at most one each time."""
         now = self.clock()
         stepping = {beat.rank: beat for beat in beats if beat.phase == "step"}
         if now - self._looked < self.every_seconds or len(stepping) < max(2, self.plan.world_size):

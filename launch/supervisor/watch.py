@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from launch.supervisor.exits import Ending, Exit, Verdict, first_failure, judge, read_exits
-from launch.supervisor.hang import Judge, Silence, collect_stacks, guilty_rank, stack_marks
+from launch.supervisor.hang import Judge, Silence, name_guilty
 from launch.supervisor.nodes import controller_answers, silent_nodes
 from launch.supervisor.step import Step, StepPlan
 from launch.supervisor.straggler import Stragglers
@@ -72,7 +72,7 @@ class Watch:
         """Return how `step` ended; it is killed when a rank has failed, hangs, or its node is lost."""
         started = time.monotonic()
         self._judge = Judge(self.health, self.plan.world_size)
-        stragglers = Stragglers(self.plan)
+        stragglers = Stragglers(self.plan, self.health.straggler_seconds)
         result: Result | None = None
         while step.wait(LOOK_SECONDS) is None and result is None:
             now = time.monotonic()
@@ -95,7 +95,7 @@ class Watch:
         verdict = self._verdict(wait=step.wait(0) is not None)
         if result is None and verdict.ending is Ending.CRASHED:
             result = self._lost_node()
-        step.kill(self.job_id)
+        step.kill(self.job_id, lost=result is not None and result.outcome == "lost")
         if result is None:
             result = Result(verdict.ending.value, verdict.code, verdict.line, verdict.node)
         return Result(result.outcome, result.code, result.reason, result.node, self._judge.reached_step)
@@ -134,17 +134,9 @@ class Watch:
         """Ask every rank for its stacks, and return who holds the others up."""
         ended = {one.rank for one in exits}
         running = [rank for rank in range(self.plan.world_size) if rank not in ended]
-        marks = {r: m for r, m in stack_marks(self.run, self.plan.world_size).items() if r in running}
-        step.signal(signal.SIGUSR1)
-        stacks = collect_stacks(self.run, marks)
-        rank, how = guilty_rank(self._judge.beats, stacks, self.plan.world_size, running)
+        rank, how = name_guilty(self.run, self._judge, silence, running, lambda: step.signal(signal.SIGUSR1))
         node = self.plan.host_of(rank)
-        reason = (
-            f"stuck: rank {rank} on {node} holds the others up: {how}; no sign of life for {silence.seconds:.0f} s in "
-            f"phase {silence.phase} after step {silence.step} (allowed {silence.allowed_seconds:g} s); stacks of "
-            f"{len(stacks)} of {len(running)} ranks in {self.run.log}/stacks-rank-*.txt"
-        )
-        return Result("stuck", 1, reason, node)
+        return Result("stuck", 1, f"stuck: rank {rank} on {node} {how}", node)
 
 
 def say(job_id: str, message: str) -> None:

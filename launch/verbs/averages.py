@@ -4,17 +4,18 @@ from typing import Annotated
 
 import typer
 
+from launch.verbs.answers import Answer, long_verb
 from launch.verbs.arguments import RunPath, of_run
 
 app = typer.Typer()
 
 
-@app.command()
+@long_verb(app)
 def ema(
     run: RunPath,
     sigma_rel: Annotated[float, typer.Option(help="width of the average, as a part of the training")] = 0.10,
     step: Annotated[int | None, typer.Option(help="a step with a snapshot; left out: the newest")] = None,
-) -> None:
+) -> Answer:
     """Write RUN/weights/NAME, an average of any length made of the run's snapshots; take it with --weights NAME.
 
     Example: ldm ema runs/demo --sigma-rel 0.10
@@ -22,4 +23,5 @@ def ema(
     _, paths = of_run(run, None)
     from pipeline.average import reconstruct
 
-    typer.echo(reconstruct(paths, sigma_rel, step))
+    name = reconstruct(paths, sigma_rel, step)
+    return Answer(str(name), {"weights": name})

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from launch.verbs.answers import Answer, long_verb
 from launch.verbs.arguments import ConfigPath, Overrides, RunPath, of_run
+from pipeline.errors import PipelineError
 
 app = typer.Typer()
 
@@ -42,6 +44,12 @@ def submit(
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=A,B,C", help="a run for each value; may be repeated")
     ] = None,
+    accept_data_change: Annotated[
+        bool,
+        typer.Option(
+            "--accept-data-change", help="on other data than before, begin a new epoch where the run stands"
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the batch scripts and commands, submit nothing")
     ] = False,
@@ -54,21 +62,31 @@ def submit(
     from launch.submit.run import submit as submit_request
 
     request = Request(
-        config, overrides or (), site, stage.value, rehearse=rehearse, sweep=sweep or (), dry_run=dry_run
+        config,
+        overrides or (),
+        site,
+        stage.value,
+        rehearse=rehearse,
+        sweep=sweep or (),
+        accept_data_change=accept_data_change,
+        dry_run=dry_run,
     )
     typer.echo(submit_request(request))
 
 
-@app.command()
-def sync(run: RunPath) -> None:
-    """Send the records that MLflow does not have yet from metrics.jsonl; from one machine at a time.
+@long_verb(app)
+def sync(run: RunPath, overrides: Overrides = None) -> Answer:
+    """Send the records and pictures of a run that MLflow does not have yet; from one machine at a time.
 
-    Example: ldm sync runs/demo
+    Example: ldm sync runs/demo tracking.mlflow=http://mlflow.example:5000
     """
-    config, paths = of_run(run, None)
+    config, paths = of_run(run, overrides)
     from pipeline.tracking import sync_records
 
-    typer.echo(f"{paths.metrics}: {sync_records(config=config, paths=paths)} records could not be sent")
+    left = sync_records(paths, config)
+    if left:
+        raise PipelineError(f"{paths.root}: {left} records or files could not be sent; sync again later")
+    return Answer(f"{paths.root}: MLflow has every record", {"run": paths.root, "unsent": left})
 
 
 @app.command()

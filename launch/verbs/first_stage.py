@@ -2,13 +2,14 @@
 
 import typer
 
+from launch.verbs.answers import Answer, long_verb
 from launch.verbs.arguments import ConfigPath, Overrides, configured
 
 app = typer.Typer()
 
 
-@app.command("train-autoencoder")
-def train_autoencoder(config: ConfigPath, overrides: Overrides = None) -> None:
+@long_verb(app, "train-autoencoder")
+def train_autoencoder(config: ConfigPath, overrides: Overrides = None) -> Answer:
     """Train the KL autoencoder on the source images into RUN/autoencoder, with report and reconstruction grid.
 
     Run again to go on where it was cut off; on several processes under torchrun.
@@ -19,11 +20,12 @@ def train_autoencoder(config: ConfigPath, overrides: Overrides = None) -> None:
     from pipeline.first_stage.autoencoder import train_autoencoder as train_it
     from preprocessing.pairs import prepared_pairs
 
-    typer.echo(train_it(run, prepared_pairs(run.encode), paths))
+    folder = train_it(run, prepared_pairs(run.autoencoder_source), paths)
+    return Answer(str(folder), {"folder": folder})
 
 
-@app.command("train-clip")
-def train_clip(config: ConfigPath, overrides: Overrides = None) -> None:
+@long_verb(app, "train-clip")
+def train_clip(config: ConfigPath, overrides: Overrides = None) -> Answer:
     """Train a small CLIP on the source pairs into RUN/clip and RUN/text_encoder.
 
     Run again to go on where it was cut off; on several processes under torchrun.
@@ -34,4 +36,5 @@ def train_clip(config: ConfigPath, overrides: Overrides = None) -> None:
     from pipeline.first_stage.clip import train_clip as train_it
     from preprocessing.pairs import prepared_pairs
 
-    typer.echo(train_it(run, prepared_pairs(run.encode), paths))
+    folder = train_it(run, prepared_pairs(run.encode), paths)
+    return Answer(str(folder), {"folder": folder})

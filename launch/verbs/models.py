@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from launch.verbs.answers import Answer, long_verb
 from launch.verbs.arguments import ConfigPath, Overrides, configured
 
 app = typer.Typer()
 
 
-@app.command("import")
+@long_verb(app, "import")
 def import_model(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="diffusers pipeline or U-Net folder, run, or checkpoint")
@@ -23,7 +24,7 @@ def import_model(
     optimizer: Annotated[
         bool, typer.Option(help="of a run: go on with its optimizer, averages and step (takes raw weights)")
     ] = False,
-) -> None:
+) -> Answer:
     """Write RUN/config.yaml for a run that begins with the weights of a diffusers folder or of another run.
 
     The model section comes from SOURCE, the rest from CONFIG; train.freeze keeps parts as they are.
@@ -40,6 +41,6 @@ def import_model(
     run, paths = configured(config, [*(overrides or ()), *chosen])
     from pipeline.import_pipeline import import_run
 
-    for line in import_run(run.warm_start, run, paths):
-        typer.echo(line)
-    typer.echo(f"{paths.config} written; go on with: ldm train {paths.config}")
+    said = list(import_run(run.warm_start, run, paths))
+    said.append(f"{paths.config} written; go on with: ldm train {paths.config}")
+    return Answer("\n".join(said), {"config": paths.config, "said": said})

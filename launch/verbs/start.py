@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from launch.verbs.answers import Answer, answer_alone, long_verb
 from launch.verbs.arguments import ConfigPath, Overrides
 
 app = typer.Typer()
@@ -12,7 +13,7 @@ app = typer.Typer()
 DEMO_CONFIG = Path("configs/demo.yaml")
 
 
-@app.command()
+@long_verb(app)
 def demo(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="default configs/demo.yaml")
@@ -20,7 +21,7 @@ def demo(
     fast: Annotated[
         bool, typer.Option("--fast", help="three minutes: less training, the same chain")
     ] = False,
-) -> None:
+) -> Answer:
     """Run the whole chain on the example data: first stage, encode, train, evaluate, sample, export.
 
     Example: ldm demo --fast
@@ -29,10 +30,11 @@ def demo(
 
     given = arguments or []
     named = given[:1] if given and "=" not in given[0] else []
-    run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast)
+    answer_alone()
+    return Answer("", run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast))
 
 
-@app.command()
+@long_verb(app)
 def init(
     folder: Annotated[
         str,
@@ -46,7 +48,7 @@ def init(
         Literal["cpu", "gpu"] | None, typer.Option(help="to propose for; default what is here")
     ] = None,
     minutes: Annotated[int | None, typer.Option(min=1, help="the run may take; default 20 on a CPU")] = None,
-) -> None:
+) -> Answer:
     """Look at a folder of pictures with captions and write a config for it, with reasons, and a report.
 
     Example: ldm init photos --minutes 60
@@ -54,7 +56,8 @@ def init(
     from launch.init.folder import init_folder
     from launch.init.proposal import Machine
 
-    typer.echo(init_folder(folder, out, Machine.here(device, minutes), name).words)
+    made = init_folder(folder, out, Machine.here(device, minutes), name)
+    return Answer(made.words, {"words": made.words.splitlines()})
 
 
 @app.command()

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from launch.verbs.answers import Answer, long_verb
 from launch.verbs.arguments import ConfigPath, Overrides, RunPath, configured, of_run
 
 app = typer.Typer()
 WEIGHTS_HELP = "raw, ema, another average of the checkpoint, or a name that `ldm ema` has made"
 
 
-@app.command()
+@long_verb(app)
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -23,10 +24,10 @@ def train(
             "--accept-data-change", help="on other data than before, begin a new epoch where the run stands"
         ),
     ] = False,
-) -> None:
+) -> Answer | None:
     """Train the U-Net with DeepSpeed ZeRO; started again, it goes on from the newest checkpoint.
 
-    Outside of a job it starts `engine.processes` processes itself, and again after a crash behind a newer checkpoint;
+    Outside of a job it starts `engine.processes` processes itself, and again after a crash or a hang behind a newer checkpoint;
     under srun or torchrun it is one rank.
 
     Example: ldm train configs/demo.yaml train.steps=2000
@@ -43,40 +44,57 @@ def train(
     if placement.source == "single" and run.engine.processes > 1:
         again = [sys.executable, "-m", "launch.cli", "train", str(config), *(overrides or ())]
         again += ["--accept-data-change"] * accept_data_change
-        raise typer.Exit(train_local(again, run.engine.processes, paths, threads=run.engine.threads))
+        raise typer.Exit(
+            train_local(again, run.engine.processes, paths, threads=run.engine.threads, health=run.health)
+        )
     from launch.rank import train_rank
 
-    line = train_rank(run, paths, placement, accept_data_change=accept_data_change)
-    if line:
-        typer.echo(line)
+    done = train_rank(run, paths, placement, accept_data_change=accept_data_change)
+    if placement.rank:
+        return None
+    facts = {"run": paths.root, "step": done.step, "samples": done.samples, "loss": done.loss}
+    return Answer(f"{paths.root}: step {done.step}, {done.samples} samples, loss {done.loss:.4f}", facts)
 
 
-@app.command()
+@long_verb(app)
 def evaluate(
     run: RunPath,
     overrides: Overrides = None,
     weights: Annotated[
         list[str] | None, typer.Option(help=f"{WEIGHTS_HELP}; may be repeated [default: raw and ema]")
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="real pictures to compare with [default: validation latents]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print RUN/evaluation.json, not a table")] = False,
 ) -> None:
-    """Measure the validation loss at fixed timesteps under raw and EMA weights.
+    """Measure the newest checkpoint: validation loss at fixed timesteps, and the pictures as evaluate.metrics says.
 
-    Example: ldm evaluate runs/demo
+    Metrics: kid, frechet, precision_recall, clip, memorisation (docs/evaluation.md). Under torchrun or srun the work is
+    shared, and the numbers stay the same.
+
+    Example: ldm evaluate runs/demo 'evaluate.metrics=[kid, clip, memorisation]'
     """
-    config, paths = of_run(run, overrides)
-    from pipeline.evaluate import KINDS, evaluate_run
+    chosen = [f"evaluate.reference={json.dumps(reference)}"] if reference else []
+    config, paths = of_run(run, [*(overrides or ()), *chosen])
+    from launch.measure import evaluate_here
+    from launch.nodes import place
+    from pipeline.evaluation.report import table
 
-    typer.echo(json.dumps(evaluate_run(paths, config, weights or KINDS), indent=2))
+    result = evaluate_here(paths, config, weights, place(os.environ))
+    if result is not None:
+        typer.echo(json.dumps(result, indent=2) if as_json else table(result))
 
 
-@app.command()
+@long_verb(app)
 def sample(
     run: RunPath,
     overrides: Overrides = None,
     weights: Annotated[
         str | None, typer.Option(help=f"{WEIGHTS_HELP} [default: sample.weights, ema]")
     ] = None,
-) -> None:
+) -> Answer:
     """Paint a grid of pictures from captions under classifier-free guidance.
 
     Example: ldm sample runs/demo 'sample.prompts=[red apple, green apple]' sample.guidance_scale=4.0
@@ -85,10 +103,11 @@ def sample(
     config, paths = of_run(run, [*(overrides or ()), *chosen])
     from pipeline.sample import sample_grid
 
-    typer.echo(sample_grid(paths, config))
+    grid = sample_grid(paths, config)
+    return Answer(str(grid), {"grid": grid})
 
 
-@app.command()
+@long_verb(app)
 def export(
     run: RunPath,
     overrides: Overrides = None,
@@ -97,7 +116,7 @@ def export(
         bool,
         typer.Option("--deepspeed", help="write RUN/deepspeed instead: DeepSpeed's universal checkpoint"),
     ] = False,
-) -> None:
+) -> Answer:
     """Write RUN/pipeline, a folder that diffusers' StableDiffusionPipeline.from_pretrained loads.
 
     With --deepspeed write RUN/deepspeed: raw weights and Adam's moments, for `engine.load_checkpoint` of a script of
@@ -109,8 +128,9 @@ def export(
     if deepspeed:
         from pipeline.training.saving.deepspeed_export import export_deepspeed
 
-        typer.echo(export_deepspeed(paths))
-        return
+        folder = export_deepspeed(paths)
+        return Answer(str(folder), {"deepspeed": folder})
     from pipeline.export import export_pipeline
 
-    typer.echo(export_pipeline(paths, config, weights=weights))
+    folder = export_pipeline(paths, config, weights=weights)
+    return Answer(str(folder), {"pipeline": folder})

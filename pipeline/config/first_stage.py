@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Count, Positive, Section
+from pipeline.config.encode import FilterRule
 
 
 class PerceptualConfig(Section):
@@ -40,6 +41,9 @@ class AdversarialConfig(Section):
 class AutoencoderConfig(Section):
     """The first stage: a KL autoencoder trained on the source images, then frozen."""
 
+    filters: tuple[FilterRule, ...] | None = Field(
+        None, description="conditions on columns, for its pictures alone; null = those of encode.filters"
+    )
     latent_channels: Positive = Field(4, description="channels of the latent")
     block_out_channels: tuple[Positive, ...] = Field(
         (128, 256, 512, 512), description="widths; each but one halves"

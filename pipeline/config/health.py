@@ -56,8 +56,13 @@ class HealthConfig(Section):
     )
     save_seconds: float = Field(1800.0, gt=0.0, description="the same for a save")
     evaluate_seconds: float = Field(3600.0, gt=0.0, description="the same for an evaluation and its samples")
+    straggler_seconds: float = Field(
+        60.0,
+        gt=0.0,
+        description="how often the supervisor compares how long each rank waits, to name the one that slows all",
+    )
     restarts_without_progress: Count = Field(
-        2,
+        1,
         description="starts after a crash, hang or lost node with no newer checkpoint since; then the run ends "
         "with exit code 6",
     )

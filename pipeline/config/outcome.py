@@ -34,8 +34,11 @@ def sampler_problem(kind: SamplerKind, objective: ObjectiveConfig) -> str:
     return ""
 
 
+PictureMetric = Literal["kid", "frechet", "precision_recall", "clip", "memorisation"]
+
+
 class EvaluateConfig(Section):
-    """Validation loss with fixed noise at fixed timesteps."""
+    """Validation loss with fixed noise at fixed timesteps, and metrics of pictures painted from validation captions."""
 
     timesteps: Positive = Field(
         8, description="equidistant timesteps; the mean over them is the validation loss"
@@ -45,6 +48,21 @@ class EvaluateConfig(Section):
     every: Positive | None = Field(
         None, description="steps between evaluations while training, of raw and EMA; null = none"
     )
+    metrics: tuple[PictureMetric, ...] = Field(
+        (), description="of pictures painted with `sample` and `sample.weights`; empty = the loss alone"
+    )
+    pictures: Positive = Field(64, description="painted at most, one a validation caption")
+    features: str | None = Field(
+        None,
+        description="a CLIP folder or a file of FID's Inception weights to compare in; null = the run's own CLIP",
+    )
+    clip: str | None = Field(
+        None, description="folder of the CLIP that judges captions; null = the run's own, a lenient judge"
+    )
+    reference: str | None = Field(
+        None, description="folder of real pictures to compare with; null = decoded validation latents"
+    )
+    searched: Positive = Field(100_000, description="training latents searched for memorised pictures")
 
 
 class SampleConfig(Section):
@@ -80,3 +98,6 @@ class TrackingConfig(Section):
         "auto", description="auto = RUNS/mlflow.db unless under Slurm; off; or a tracking URI"
     )
     experiment: str = Field("ldm", min_length=1)
+    register_model: bool = Field(
+        True, description="`ldm export` makes its pipeline a version of MLflow's registered model NAME too"
+    )

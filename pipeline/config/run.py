@@ -45,6 +45,12 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def autoencoder_source(self) -> EncodeConfig:
+        """`encode` with the filters of the autoencoder's own pictures: it may learn from more than the run trains on."""
+        filters = self.first_stage.autoencoder.filters if self.first_stage else None
+        return self.encode if filters is None else self.encode.model_copy(update={"filters": filters})
+
     @model_validator(mode="after")
     def _sampler_runs_the_objective(self) -> Self:
         problem = sampler_problem(self.sample.sampler, self.objective)

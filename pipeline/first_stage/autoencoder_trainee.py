@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import AutoencoderConfig
 from pipeline.first_stage.discriminator import PatchDiscriminator
 from pipeline.first_stage.features import FeatureNetwork
+from pipeline.first_stage.grid import draw_reconstructions
+from pipeline.first_stage.measure import image_batches
 from pipeline.first_stage.pairs import CROP, FLIP, POSTERIOR, EpochOrder, PairTable, draws, share
 from pipeline.first_stage.stage import Average, Learner, Parts, Stage, joined
 from pipeline.first_stage.terms import (
@@ -26,6 +29,7 @@ from pipeline.first_stage.terms import (
 from pipeline.models.autoencoder import AutoencoderKL, moments_of
 from pipeline.models.pixels import images_from_pixels
 
+SHOWN_IMAGES = 8
 # A record that crosses one of these looks collapsed.
 NO_NOISE, NO_SPREAD, FLAT_OUTPUT, FLAT_IMAGES, NO_CONTEST = 1e-6, 0.02, 0.02, 0.05, 1e-3
 
@@ -192,6 +196,17 @@ class AutoencoderTrainee:
     def collapse(self, shown: dict[str, float]) -> str | None:
         """Return what one record says has collapsed."""
         return collapse_of(shown)
+
+    def picture(self) -> Image.Image | None:
+        """Return pictures kept from training above what the raw weights make of them."""
+        places = self._table.validation if len(self._table.validation) else self._table.train
+        device = self._stage.accelerator.device
+        self.model.eval()
+        drawn = draw_reconstructions(
+            self.model, list(image_batches(self._table, places[:SHOWN_IMAGES], device))
+        )
+        self.model.train()
+        return drawn
 
     def published(self) -> AutoencoderKL:
         """Return the model to measure and publish, in eval mode: its weights are the average's from here on."""

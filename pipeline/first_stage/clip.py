@@ -137,6 +137,9 @@ class ClipTrainee:
         """Lay them in."""
         self._learner.restore(parts)
 
+    def picture(self) -> None:
+        """Return nothing: there is nothing to look at."""
+
     def collapse(self, shown: dict[str, float]) -> str | None:
         """Return None: a contrastive loss that learns nothing stays at ln(batch), which its record says."""
         return None

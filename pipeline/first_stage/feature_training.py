@@ -125,6 +125,9 @@ class FeatureTrainee:
         """Lay them in."""
         self._learner.restore(parts)
 
+    def picture(self) -> None:
+        """Return nothing: there is nothing to look at."""
+
     def collapse(self, shown: dict[str, float]) -> str | None:
         """Return None: the loss says it."""
         return None

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, DivergedError
 from pipeline.first_stage import resume
 from pipeline.first_stage.stage import Parts, Stage, learning_rate_factor
 from pipeline.progress import Progress, progress_bar
-from pipeline.publish import remove_temporaries
+from pipeline.publish import remove_temporaries, whole_file
 from pipeline.tracking import NoRecords, Records, open_records
 
 Model = TypeVar("Model", bound="Trainee")
@@ -41,6 +42,9 @@ class Trainee(Protocol):
 
     def collapse(self, shown: dict[str, float]) -> str | None:
         """Return what has collapsed and what to do, judged by one record, or None."""
+
+    def picture(self) -> Image.Image | None:
+        """Return a picture of what the model does by now, or None; draws nothing and leaves the model as it was."""
 
 
 def train_once(
@@ -104,6 +108,7 @@ def fit(stage: Stage, trainee: Trainee) -> dict[str, float]:
                 records.log(done, {**shown, "learning_rate": rate}, samples=done * recipe.batch)
             if saves:
                 _save(stage, done, trainee, noted)
+                _show(stage, done, trainee, records)
             progress.advance(1, **({"loss": shown["loss"]} if shown else {}))
     return {name: value for name, value in noted.items() if name != _SUSPECT}
 
@@ -145,6 +150,18 @@ def _save(stage: Stage, step: int, trainee: Trainee, noted: dict[str, float]) ->
         about = {"settings": stage.settings, "noted": noted}
         resume.save(stage.checkpoints, step, trainee.parts(), about)
     stage.accelerator.wait_for_everyone()
+
+
+def _show(stage: Stage, step: int, trainee: Trainee, records: Records) -> None:
+    """Keep the trainee's picture as samples/KIND-XXXXXXXX.png, and where the records go."""
+    if not stage.accelerator.is_main_process:
+        return
+    picture = trainee.picture()
+    if picture is not None:
+        path = stage.paths.samples / f"{stage.recipe.kind}-{step:08d}.png"
+        with whole_file(path) as beside:
+            picture.save(beside, format="PNG")
+        records.image(path, step, "reconstructions")
 
 
 def _global_values(stage: Stage, step: int, values: dict[str, Tensor]) -> dict[str, float]:

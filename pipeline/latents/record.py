@@ -46,18 +46,23 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 def json_length(records: Iterable[dict[str, Any]]) -> int:
     """Return the bytes that every json of a segment is padded to: the longest, rounded up to 256."""
-    longest = max((len(_json_bytes(record)) for record in records), default=0)
-    return max(JSON_STEP, -(-longest // JSON_STEP) * JSON_STEP)
+    return padded_length(max((len(record_json(record)) for record in records), default=0))
+
+
+def padded_length(longest_bytes: int) -> int:
+    """Return what the json files of a segment whose longest has so many bytes are padded to."""
+    return max(JSON_STEP, -(-longest_bytes // JSON_STEP) * JSON_STEP)
 
 
 def padded_json(record: dict[str, Any], length_bytes: int) -> bytes:
     """Return `record` as UTF-8 JSON padded with spaces to `length_bytes`."""
-    text = _json_bytes(record)
+    text = record_json(record)
     assert len(text) <= length_bytes, (len(text), length_bytes)
-    return text + b" " * (length_bytes - len(text))
+    return text.ljust(length_bytes)
 
 
-def _json_bytes(record: dict[str, Any]) -> bytes:
+def record_json(record: dict[str, Any]) -> bytes:
+    """Return `record` as UTF-8 JSON in one line with sorted keys."""
     return json.dumps(
         record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()

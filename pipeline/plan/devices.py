@@ -77,6 +77,26 @@ def devices() -> dict[str, Device]:
     return {name: Device(name, **figures) for name, figures in table.items()}
 
 
+CALLED = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA A100-SXM4-40GB": "A100",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100-PCIE-40GB": "A100",
+    "NVIDIA A100 80GB PCIe": "A100",
+    "NVIDIA B200": "B200",
+    "NVIDIA GB200": "GB200",
+    "NVIDIA L40S": "L40S",
+}
+"""What the driver calls a device; an H100 on PCIe is another, slower one."""
+
+
+def device_called(driver_name: str) -> Device | None:
+    """Return the known device that the driver calls so, None for any other: its peak is not guessed."""
+    known = CALLED.get(driver_name)
+    return devices()[known] if known else None
+
+
 def device_named(name: str) -> Device:
     """Return the device called `name`, in any case of letters.
 

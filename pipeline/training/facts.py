@@ -1,17 +1,13 @@
 """What a run says of itself: in every checkpoint, in its folder, and when it is resumed with other settings."""
 
 import json
-import platform
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.latents.reader import LatentDataset
 from pipeline.paths import RunPaths
-from pipeline.tracking import redact
-
-LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "numpy", "ldm")
+from pipeline.tracking import redact, versions
 
 
 def run_facts(config: RunConfig, dataset: LatentDataset, attempt: str) -> dict[str, Any]:
@@ -38,17 +34,6 @@ def tracker_run_id(paths: RunPaths) -> str | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return run_id if isinstance(run_id, str) else None
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, the libraries that shape a training, and this code."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> Iterator[str]:

@@ -21,23 +21,20 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.changes import data_digest
-from pipeline.data.held_out import open_held_out
+from pipeline.data.held_out import HeldOut, open_held_out
 from pipeline.data.sets import open_datasets
 from pipeline.errors import ConfigError
-from pipeline.evaluate import (
-    KINDS,
-    Evaluator,
-    evaluation_timesteps,
-    loss_values,
-    summary,
-    validation_text_encoder,
-)
+from pipeline.evaluation.losses import Evaluator, evaluation_timesteps, summary, validation_text_encoder
+from pipeline.evaluation.pictures import PictureMetrics
+from pipeline.evaluation.run import KINDS, described, result_values
+from pipeline.evaluation.together import agreed
 from pipeline.generate import Generator, TrainedNetwork, encoder_folders
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths
 from pipeline.progress import Progress
+from pipeline.publish import write_json
 from pipeline.sample import chosen_prompts, grid_record, publish_grid
 from pipeline.tracking import Records
 from pipeline.training.averages.ema import Ema
@@ -77,12 +74,18 @@ class Midway:
         self._prompts: list[str] = []
         self._generator: Generator | None = None
         self._words: TextEncoder | None = None
+        self._metrics: PictureMetrics | None = None
+        measured = config.evaluate.every is not None and bool(config.evaluate.metrics)
         if config.sample.every is not None:
             self._require_weights(config.sample.weights)
             self._prompts = chosen_prompts(config, paths, config)
+        if config.sample.every is not None or measured:
+            self._require_weights(config.sample.weights)
             self._generator = self._open_generator()
         if config.evaluate.every is not None:
             self._words = self._open_validation()
+        if measured:
+            self._metrics = PictureMetrics(config, paths, world)
 
     def look(self, state: RunState, records: Records) -> None:
         """Measure and paint what is due after `state.step` steps."""
@@ -92,21 +95,32 @@ class Midway:
             self.paint(state, records)
 
     def evaluate(self, state: RunState, records: Records) -> None:
-        """Record the validation loss under raw and EMA weights: `val_loss_raw`, `val_loss_ema`, and by timestep."""
+        """Record the validation loss under raw and EMA weights: `val_loss_raw`, `val_loss_ema`, and by timestep.
+
+        And the metrics of pictures that `evaluate.metrics` names, under `sample.weights`. All of it with its settings in
+        `evaluation.json`. A sample that one rank cannot read ends all with its message.
+        """
         settings, device = self._config.evaluate, self._world.device
-        dataset = open_held_out(self._config.data, self._paths.latents, settings.max_samples)
+        whole = agreed(self._world, lambda: open_held_out(self._config.data, self._paths.latents))
+        dataset = HeldOut(whole.sets, settings.max_samples)
         evaluator = Evaluator(self._engine, self._config, device, dataset, self._words)
         timesteps = evaluation_timesteps(settings.timesteps, self._config.objective.timesteps)
         samples = len(dataset)
-        values: dict[str, float] = {}
+        trained = replace(self._trained(), step=state.step, samples=state.samples)
+        result = described(trained, samples, timesteps, KINDS, self._config) | {"checkpoint": None}
         for kind in KINDS:
             with self._under(kind):
-                mine_NT = evaluator.losses(samples, timesteps, settings.batch, Progress(0), share=self._share)
-            # Every other rank has 0 in its place: the sum is exact.
-            losses_NT = np.array(self._world.sum(mine_NT.ravel().tolist())).reshape(mine_NT.shape)
-            values |= loss_values(kind, timesteps, summary(losses_NT))
-        dataset.close()
-        records.log(state.step, values, samples=state.samples)
+                losses_NT = evaluator.losses(
+                    samples, timesteps, settings.batch, Progress(0), world=self._world
+                )
+            result[kind] = summary(losses_NT)
+        if self._metrics is not None and self._generator is not None:
+            self._generator.trained = replace(self._generator.trained, step=state.step, samples=state.samples)
+            with self._under(self._config.sample.weights):
+                result["pictures"] = self._metrics.measure(self._generator, whole, Progress(0))
+        whole.close()
+        on_first_rank(self._world, lambda: write_json(self._paths.evaluation, result))
+        records.log(state.step, result_values(result), samples=state.samples)
 
     def paint(self, state: RunState, records: Records) -> None:
         """Paint the grid `samples/step-XXXXXXXX.png` with the weights `sample.weights`, as `ldm sample` would."""
@@ -150,25 +164,29 @@ class Midway:
         """Return the generator of the network in training; its step is set when it paints."""
         autoencoder, text_encoder = encoder_folders(self._config, self._paths)
         device = self._world.device
+        generator = Generator(
+            self._trained(),
+            FrozenAutoencoder.load(autoencoder, device),
+            load_text_encoder(self._config.encode, text_encoder, device),
+        )
+        generator.refuse_mismatch(self._paths)
+        return generator
+
+    def _trained(self) -> TrainedNetwork:
+        """Return the network in training as evaluation and sampling see it, at no step."""
         datasets = open_datasets(self._config.data, self._paths.latents)
-        trained = TrainedNetwork(
+        digest = data_digest(datasets, self._config.data)
+        for dataset in datasets:
+            dataset.close()
+        return TrainedNetwork(
             cast(UNet, _InTraining(self._engine)),  # Sampling asks for predictions and the device only.
             self._config,
             self._config.sample.weights,
             self._paths.checkpoints,
             0,
             0,
-            data_digest(datasets, self._config.data),
+            digest,
         )
-        for dataset in datasets:
-            dataset.close()
-        generator = Generator(
-            trained,
-            FrozenAutoencoder.load(autoencoder, device),
-            load_text_encoder(self._config.encode, text_encoder, device),
-        )
-        generator.refuse_mismatch(self._paths)
-        return generator
 
     def _open_validation(self) -> TextEncoder | None:
         """Return the text encoder that the validation split needs: painting's, if that is open, or none."""

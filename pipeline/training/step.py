@@ -17,6 +17,8 @@ from pipeline.training.engine import Engine
 from pipeline.training.text import TextSource
 from pipeline.training.world import World
 
+TIMESTEP_BINS = 10
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -26,6 +28,8 @@ class Losses:
     """float32 [b] for each micro-batch."""
     total: Tensor
     """Sum over the samples, fillers left out, scalar."""
+    by_timestep_2K: Tensor
+    """The same sum, and the weight of the samples, in each of `TIMESTEP_BINS` equal stretches of the timesteps."""
 
 
 class TrainStep:
@@ -47,15 +51,17 @@ class TrainStep:
         """
         config = self._config
         scale = self._world.world_size * len(micro_batches) / config.engine.global_batch
-        per_sample, sums = [], []
+        per_sample, sums, binned = [], [], []
         for number, batch in enumerate(micro_batches):
             torch.manual_seed(micro_batch_seed(config.seed, step, number, self._world.rank))
-            loss_B, weight_B = self._losses(batch.to(self._world.device))
+            here = batch.to(self._world.device)
+            loss_B, weight_B = self._losses(here)
             loss = (loss_B * weight_B).sum()
             self._engine.backward(loss * scale)
             per_sample.append(loss_B.detach())
             sums.append(loss.detach())
-        return Losses(per_sample, torch.stack(sums).sum())
+            binned.append(by_timestep(loss_B.detach(), weight_B, here.timesteps, config.objective.timesteps))
+        return Losses(per_sample, torch.stack(sums).sum(), torch.stack(binned).sum(dim=0))
 
     def _losses(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
         z_BCHW = sample_posterior(batch.moments, batch.posterior_noise)
@@ -75,6 +81,18 @@ class TrainStep:
         size = x0_BCHW.shape[2:]
         weight_B = training_weight(objective, self._schedule, batch.timesteps, *size)
         return loss_B * weight_B, batch.weight
+
+
+def by_timestep(loss_B: Tensor, weight_B: Tensor, timesteps_B: Tensor, timesteps: int) -> Tensor:
+    """Return [2, K]: weighted losses and weights, summed in K equal stretches of the timesteps 0 to `timesteps`.
+
+    By comparison and sum, in a fixed order: scattered additions on a GPU are not, and the record would not be the
+    same after a resume.
+    """
+    bin_B = (timesteps_B.double() * TIMESTEP_BINS / timesteps).long().clamp(0, TIMESTEP_BINS - 1)
+    in_bin_BK = bin_B[:, None] == torch.arange(TIMESTEP_BINS, device=bin_B.device)
+    parts_2B = torch.stack([loss_B.float() * weight_B, weight_B.float()])
+    return (parts_2B[:, :, None] * in_bin_BK).sum(dim=1)
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

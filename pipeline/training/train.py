@@ -26,7 +26,7 @@ from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths
 from pipeline.progress import Progress, progress_bar
 from pipeline.publish import write_bytes, write_json
-from pipeline.tracking import NoRecords, Records, open_records
+from pipeline.tracking import NoRecords, Records, open_records, redacted_config
 from pipeline.training.averages.ema import Ema
 from pipeline.training.averages.snapshots import Snapshots
 from pipeline.training.engine import Engine
@@ -45,6 +45,7 @@ from pipeline.training.saving.state import RunState
 from pipeline.training.step import TrainStep
 from pipeline.training.stop import Stop
 from pipeline.training.text import open_text
+from pipeline.training.utilisation import Utilisation
 from pipeline.training.warm_start import freeze, warm_start
 from pipeline.training.world import World, limit_waiting
 
@@ -106,7 +107,7 @@ def train(
             if outcome.applied:
                 run.ema.update()
             state.count(outcome.applied, global_batch)
-            interval.add(losses.total if outcome.applied else None, global_batch)
+            interval.add(losses.total if outcome.applied else None, global_batch, losses.by_timestep_2K)
             progress.advance()
             run.care.after_step(state, micro_batches, losses, outcome)
             at_record = due(state.step, config.train.log_every) or state.step == total
@@ -153,6 +154,7 @@ class Run:
     midway: Midway
     step: TrainStep
     care: Care
+    utilisation: Utilisation
     state: RunState
 
 
@@ -198,7 +200,10 @@ def _assemble(
         paths.averages, world=world, fragments=fragments, ema=ema, facts=facts, fence=checkpoints.fence
     )
     midway = Midway(config, paths, world, engine, fragments, ema)
-    return Run(config, world, loader, engine, ema, checkpoints, snapshots, midway, step, care, state)
+    utilisation = Utilisation(config, datasets, world)
+    return Run(
+        config, world, loader, engine, ema, checkpoints, snapshots, midway, step, care, utilisation, state
+    )
 
 
 def _open_datasets(config: RunConfig, paths: RunPaths, world: World) -> list[LatentDataset]:
@@ -257,7 +262,7 @@ def _resume(
 
 
 def _describe_run(config: RunConfig, paths: RunPaths, found: Mapping[str, str]) -> None:
-    write_bytes(paths.config, dump_config(config).encode())
+    write_bytes(paths.config, dump_config(redacted_config(config)).encode())
     write_json(paths.versions, dict(found))
 
 
@@ -281,8 +286,9 @@ def _stream(loader: LatentLoader, position: int) -> Generator[tuple[LatentBatch,
 
 
 def _open_interval(run: Run) -> Interval:
-    loss_sum, applied = run.state.interval
-    return Interval(run.world.device, loss_sum=loss_sum, applied=applied)
+    loss_sum, applied, *binned = run.state.interval
+    timesteps = run.config.objective.timesteps
+    return Interval(run.world.device, loss_sum=loss_sum, applied=applied, binned=binned, timesteps=timesteps)
 
 
 def _record(run: Run, interval: Interval, grad_norm: float, rate: float) -> dict[str, float]:
@@ -292,6 +298,7 @@ def _record(run: Run, interval: Interval, grad_norm: float, rate: float) -> dict
     state.loss = values["loss"] if math.isfinite(values["loss"]) else None
     values |= {"grad_norm": grad_norm, "learning_rate": rate, "ema_decay": run.ema.decay}
     values |= {"skipped": state.skipped, "spikes": run.care.judge()}
+    values |= run.utilisation.figures(values["samples_per_second"])
     return values | run.loader.order.figures(state.samples) | run.checkpoints.figures()
 
 

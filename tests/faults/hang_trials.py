@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from pipeline.training.stop import Stop
 from pipeline.training.world import start_world
 
 WORLD_SIZE = 3
+# Of a hundredth of a second each: not before a second heartbeat, since the first step may take start_seconds.
+STEPS = (120, 160)
 HEALTH = HealthConfig(hang_seconds=2.0, start_seconds=60.0)
 
 
@@ -69,15 +71,14 @@ class Trial:
     how: str
 
 
-def run_trials(count: int, seed: int) -> list[Trial]:
-    """Return `count` trials; guilty rank, step and fault follow from `seed`, every fault and rank 0 among six of them."""
-    draw, trials = random.Random(seed), []
+def run_trials(count: int, seed: int) -> Iterator[Trial]:
+    """Yield `count` trials; guilty rank, step and fault follow from `seed`, every fault and rank 0 among six of them."""
+    draw = random.Random(seed)
     for number in range(count):
         fault = list(FAULTS)[number % len(FAULTS)]
         guilty = 0 if number % 4 == 0 else draw.randrange(WORLD_SIZE)
         with tempfile.TemporaryDirectory() as folder:
-            trials.append(_trial(RunPaths(Path(folder)), fault, guilty, draw.randrange(5, 40)))
-    return trials
+            yield _trial(RunPaths(Path(folder)), fault, guilty, draw.randrange(*STEPS))
 
 
 def _trial(run: RunPaths, fault: str, guilty: int, at_step: int) -> Trial:
@@ -129,11 +130,13 @@ def _rank(run: RunPaths, rank: int, port: int, plan: tuple[int, int, str]) -> No
 
 
 def main() -> None:
-    trials = run_trials(int(sys.argv[1]) if len(sys.argv) > 1 else 20, seed=0)
-    for trial in trials:
-        print(
+    trials = []
+    for trial in run_trials(int(sys.argv[1]) if len(sys.argv) > 1 else 20, seed=0):
+        trials.append(trial)
+        line = (
             f"rank {trial.guilty} {trial.fault}: named {trial.named} after {trial.seconds:.1f} s; {trial.how}"
         )
+        print(line, flush=True)
     right = sum(trial.guilty == trial.named for trial in trials)
     print(f"right in {right} of {len(trials)} trials")
     sys.exit(right != len(trials))

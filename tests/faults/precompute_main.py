@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.modules["torch"] = None  # type: ignore[assignment]  # webdataset would load it for its own use
+    sys.modules["torch"] = None  # type: ignore[assignment]  # nothing here may load it
 
 from pipeline.publish import TEMPORARY_MARK
 from preprocessing.encoded import EncodedBatch

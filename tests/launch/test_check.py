@@ -55,6 +55,17 @@ def test_a_refused_combination_is_told_with_its_reason(overrides: list[str], sai
         check_config(DEMO, overrides)
 
 
+def test_what_the_metrics_of_pictures_lack_is_said_at_once() -> None:
+    chosen = ["name=never-run", "evaluate.metrics=[kid, clip, memorisation]"]
+    check_config(DEMO, chosen)  # The CLIP is trained in the run.
+    with pytest.raises(ConfigError) as raised:
+        check_config(DEMO, [*chosen, "evaluate.features=nowhere.pth", "evaluate.reference=no/pictures"])
+    assert "evaluate.features: nowhere.pth is not there" in str(raised.value)
+    assert "evaluate.reference: no/pictures is no folder" in str(raised.value)
+    with pytest.raises(ConfigError, match=r"(?s)evaluate.features: null, and .*evaluate.clip: null, and"):
+        check_config(DEMO, [*chosen, "first_stage=null"])
+
+
 def test_the_hatch_is_checked_together_with_the_rest() -> None:
     with pytest.raises(ConfigError) as raised:
         check_config(

@@ -1,6 +1,9 @@
 """The door: help at once, one clear line and an exit code for a mistake, nothing written."""
 
 import json
+import logging
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -9,11 +12,17 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.verbs.answers import JSON, NO_ANSWER
+from pipeline.progress import QUIET
+from pipeline.training.train import TrainResult
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = (
     "demo init check plan doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit "
     "sync status"
+).split()
+LONG_VERBS = (
+    "demo init train-autoencoder train-clip encode finalize verify report train evaluate sample export ema import sync"
 ).split()
 
 
@@ -53,6 +62,11 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
             ["check", "configs/small.yaml", "encode.image_size=72", "first_stage.clip.patch=8"],
             2,
             "a multiple of 16",
+        ),
+        (
+            ["check", "configs/small.yaml", "first_stage.autoencoder.crop=128"],
+            2,
+            "crop: 128 pixels, but encode",
         ),
         (["train", "configs/small.yaml", "data.dataset=nowhere"], 3, "run `ldm encode`"),
         (["train", "configs/small.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
@@ -123,7 +137,9 @@ def test_the_word_for_changed_data_reaches_every_rank(
     monkeypatch.setattr("launch.local.run_local", lambda again, *rest, **named: started.append(again) or 0)
     monkeypatch.setattr(
         "launch.rank.train_rank",
-        lambda run, paths, placement, *, accept_data_change: accepted.append(accept_data_change) or "done",
+        lambda run, paths, placement, *, accept_data_change: (
+            accepted.append(accept_data_change) or TrainResult(7, 28, 0.5, stopped=False)
+        ),
     )
     for processes in (2, 1):
         with pytest.raises(SystemExit) as left:
@@ -131,7 +147,61 @@ def test_the_word_for_changed_data_reaches_every_rank(
         assert not left.value.code
     (again,) = started
     assert again[2:] == ["launch.cli", "train", "configs/small.yaml", "engine.processes=2", *given]
-    assert accepted == [bool(given)] and capsys.readouterr().out == "done\n"
+    assert (
+        accepted == [bool(given)]
+        and capsys.readouterr().out == "runs/small: step 7, 28 samples, loss 0.5000\n"
+    )
+
+
+def test_json_is_one_line_of_facts_and_quiet_is_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both reach what runs inside; afterwards the process is as it was."""
+    inside: list[str | None] = []
+
+    def trained(*words: object, **named: object) -> TrainResult:
+        inside.extend(os.environ.get(name) for name in (QUIET, JSON))
+        logging.getLogger("pipeline").info("a remark")
+        return TrainResult(7, 28, math.nan, stopped=False)
+
+    monkeypatch.setattr("launch.check.refuse_untrainable", lambda run, paths, where: None)
+    monkeypatch.setattr("launch.rank.train_rank", trained)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "configs/small.yaml", "engine.processes=1", "--json", "--quiet"])
+    assert not left.value.code
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.count("\n") == 1
+    assert json.loads(said.out) == {
+        "verb": "train",
+        "run": "runs/small",
+        "step": 7,
+        "samples": 28,
+        "loss": None,
+    }
+    assert inside == ["1", "1"] and QUIET not in os.environ and JSON not in os.environ
+
+
+@pytest.mark.parametrize("verb", LONG_VERBS)
+def test_every_long_verb_can_be_quiet_and_answer_in_json(verb: str) -> None:
+    said = ldm(verb, "--help").stdout
+    assert "--quiet" in said and "--json" in said
+
+
+def test_processes_of_a_larger_work_do_not_answer_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str | None] = []
+
+    def started(command: list[str], processes: int, **named: object) -> int:
+        asked.append(os.environ.get(JSON))
+        return 0
+
+    monkeypatch.setattr("launch.local.run_local", started)
+    monkeypatch.setattr("launch.status.describe_dataset", lambda folder: "words")
+    with pytest.raises(SystemExit):
+        main(["encode", "configs/small.yaml", "encode.processes=2", "--json"])
+    assert asked == [NO_ANSWER]
+    assert json.loads(capsys.readouterr().out) == {"verb": "encode", "dataset": "runs/small/latents"}
 
 
 def test_check_says_what_follows_from_the_config() -> None:

@@ -15,6 +15,7 @@ import pytest
 from launch import local
 from launch.local import run_local, train_local
 from launch.nodes import place
+from pipeline.config.health import HealthConfig
 from pipeline.errors import ToolError
 from pipeline.paths import RunPaths
 
@@ -326,5 +327,44 @@ def test_a_crash_is_followed_by_a_start_only_behind_a_newer_checkpoint(
     tmp_path: Path, starts: list[list[int]], code: int
 ) -> None:
     command = [*rank_command(STARTS, tmp_path), json.dumps(starts)]
-    assert train_local(command, 2, RunPaths(tmp_path), threads=1) == code
+    assert train_local(command, 2, RunPaths(tmp_path), threads=1, health=HealthConfig()) == code
     assert (tmp_path / "starts").read_text() == "x" * len(starts)
+
+
+# Rank 1 sleeps after 13 steps of the first start; rank 0 waits for it in a file that lies where torch's collectives do.
+HANGS = """
+from pathlib import Path
+from pipeline.paths import RunPaths
+from pipeline.training.health.heartbeat import Heartbeat
+from pipeline.training.stop import answer_with_stacks
+from tests.slurm.torch.distributed.meeting import meet as collective
+run = RunPaths(Path(HERE))
+started = os.path.exists(f"{HERE}/checkpoints")
+answer_with_stacks(run.stacks(RANK))
+meet(f"start-{started}")
+with Heartbeat(run, RANK, hang_seconds=600.0) as heartbeat:
+    heartbeat.enter("step")
+    for step in range(15):
+        heartbeat.beat(step)
+        if RANK == 0 and step == 2:
+            os.makedirs(f"{HERE}/checkpoints/step-{10 * started + step:08d}")
+        if RANK == 1 and step == 13 and not started:
+            time.sleep(600)
+        time.sleep(0.1)
+        collective(Path(HERE), 100 * started + step, RANK, SIZE, "go")
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.covers("F11")
+def test_a_rank_that_hangs_is_named_and_all_start_again_from_the_newer_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    health = HealthConfig(hang_seconds=2.0, start_seconds=30.0)
+    command = [sys.executable, "-c", PROLOGUE + HANGS, str(tmp_path)]
+    assert train_local(command, 2, RunPaths(tmp_path), threads=1, health=health) == 0
+    said = capfd.readouterr().err
+    assert "stuck: rank 1 of 2 holds the others up: 1 other ranks wait for it; it is at <string>:" in said
+    assert "starts again from the checkpoint of step 2" in said
+    assert "in meet" in RunPaths(tmp_path).stacks(0).read_text()

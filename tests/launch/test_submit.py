@@ -13,12 +13,13 @@ from launch.nodes import Placement
 from launch.submit import preflight as preflight_module
 from launch.submit.chain import worker_of
 from launch.submit.run import Request, submit
-from launch.submit.snapshot import commit_of, snapshot_code
+from launch.submit.snapshot import snapshot_code
 from launch.submit.variants import rehearsal, split_values, sweep
 from pipeline.config import RunConfig
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import ConfigError, ToolError
 from pipeline.paths import RunPaths
+from pipeline.tracking import commit_of
 from tests.builders import tiny_config
 from tests.launch.fake_login import LoginNode, login_node
 
@@ -85,6 +86,14 @@ def test_all_is_a_chain_in_which_each_job_waits_for_the_one_before(
     assert "#SBATCH --array=0-2\n" in script and f" encode {run.root}/submit.yaml)" in script
     assert load_config(run.root / "submit.yaml") == load_config(path)
     assert load_config(run.root / "rehearsal-1/submit.yaml").train.steps == 3
+
+
+def test_consent_to_other_data_reaches_the_training_alone(login: LoginNode, write_config: Write) -> None:
+    path, run = write_config()
+    submit(Request(path, wish="all", rehearse=True, accept_data_change=True))
+    scripts = {script.name: script.read_text() for script in run.root.rglob("*.sbatch")}
+    assert [name for name, text in scripts.items() if "--accept-data-change" in text] == ["submit.sbatch"]
+    assert f" train {run.root}/submit.yaml --accept-data-change)" in scripts["submit.sbatch"]
 
 
 def test_a_job_that_slurm_refuses_takes_those_before_it_along(login: LoginNode, write_config: Write) -> None:
@@ -273,7 +282,7 @@ def test_the_code_is_kept_as_it_was_and_runs_from_there(tmp_path: Path) -> None:
 
 
 def test_the_commit_and_what_differs_from_it(tmp_path: Path) -> None:
-    assert commit_of(tmp_path / "no-clone") == {"commit": None, "changed": []}
+    assert commit_of(tmp_path / "no-clone") == {"commit": None, "changed": [], "diff_lines": None}
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/a.py").write_text("1")
@@ -283,6 +292,7 @@ def test_the_commit_and_what_differs_from_it(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not the project's")
     found = commit_of(tmp_path)
     assert len(str(found["commit"])) == 40 and found["changed"] == ["launch/a.py"]
+    assert found["diff_lines"] == 2  # One line away, one come.
 
 
 def test_without_a_cluster_the_stages_run_here(

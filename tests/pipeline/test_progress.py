@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline.progress import PlainProgress, Progress, clock_text, progress_bar, rate_text
+from pipeline.progress import PlainProgress, Progress, clock_text, followed, progress_bar, rate_text
 
 
 class Clock:
@@ -90,3 +90,8 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_rates(rate: float, text: str) -> None:
     assert rate_text(rate, "step") == text
+
+
+def test_followed_items_are_all_there_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(followed([3, 1, 2], "verify", unit="shard")) == [3, 1, 2]
+    assert capsys.readouterr().err.splitlines()[-1].startswith("verify: 3/3 shard")

@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config_file import load_config
 from pipeline.errors import DataError
 from pipeline.latents.reader import LatentDataset
 from preprocessing.pairs import prepared_pairs
 from tests.preprocessing.builders import NumpyEncoder, image_file, noise, pairs, solid, write_input
 from tests.preprocessing.conftest import Prepared
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_pairs_are_those_of_the_data_set(prepared: Prepared) -> None:
@@ -53,6 +56,21 @@ def test_equal_keys_in_two_shards_stay_apart(tmp_path: Path) -> None:
     found = prepared_pairs(prepared.config.encode)
     assert [pair.key for pair in found] == ["00000/a", "00001/a"]
     assert not np.array_equal(found[0].image, found[1].image)
+
+
+def test_the_autoencoder_may_learn_from_more_pictures_than_the_run_trains_on() -> None:
+    own = "first_stage.autoencoder.filters=[{column: part, reason: held_out, equals: train}]"
+    config = load_config(
+        ROOT / "configs" / "demo.yaml", [own, f"encode.source={ROOT / 'examples' / 'emoji'}"]
+    )
+    of_the_run, of_the_autoencoder = (
+        {pair.caption for pair in prepared_pairs(encode)}
+        for encode in (config.encode, config.autoencoder_source)
+    )
+    assert of_the_run < of_the_autoencoder and len(of_the_run) == 135 + 8
+    assert config.autoencoder_source.model_copy(update={"filters": config.encode.filters}) == config.encode
+    null = load_config(ROOT / "configs" / "demo.yaml", ["first_stage.autoencoder.filters=null"])
+    assert null.autoencoder_source is null.encode
 
 
 def test_nothing_usable_and_damage_are_errors(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 bytes: no port, no library. `evaluate` runs with the page's own rules (CSP) in place.
 """
 
+import base64
 import json
 import os
 import select
@@ -44,6 +45,24 @@ class Page:
         found = self._call("Runtime.evaluate", self._session, expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def picture(self, width: int, height: int) -> bytes:
+        """Return a PNG of what a window of that size shows."""
+        self.size(width, height)
+        time.sleep(1.0)  # Charts are drawn again in their new size.
+        found = self._call("Page.captureScreenshot", self._session, format="png")
+        return base64.b64decode(found["data"])
+
+    def size(self, width: int, height: int) -> None:
+        """Give the page a window of that many pixels."""
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            self._session,
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         self._number += 1

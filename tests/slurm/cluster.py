@@ -3,6 +3,9 @@
 Nothing outside of one temporary folder is written. In `netns` mode every node has a network namespace behind a
 bridge, with its own host name, address and /etc/hosts; where the kernel forbids that, `lo` mode runs all nodes in the
 host's network, under addresses 127.0.77.N. Needs root and no systemd. Two nodes are up after about a second.
+
+Clusters are numbered: folder, ports, bridge, namespaces and addresses follow from the number, which belongs to whoever
+holds its lock. What else carries that number was left behind by a test run that was killed, and is removed.
 """
 
 import contextlib
@@ -14,21 +17,24 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from tests.requirements import ADMIN_FOLDERS
+from tests.slurm.machine import (
+    FIRST_PORT,
+    PORTS_PER_CLUSTER,
+    SEARCH_PATH,
+    bridge_name,
+    folder_prefix,
+    kill_all_that_carry,
+    own_number,
+    run_tool,
+    until,
+)
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "ip")
-Found = TypeVar("Found")
-# Daemons live in folders that a user's PATH often leaves out.
-SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), *ADMIN_FOLDERS])
 ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"})
-# Outside of both the ephemeral range and the ports that jobs meet at.
-FIRST_PORT = 26000
-PORTS_PER_CLUSTER = 100
 
 CONFIG = """\
 ClusterName=test
@@ -79,8 +85,11 @@ PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE DefaultTime=10 Priority
 class Cluster:
     """A running cluster: its nodes, the environment for Slurm's commands, and a few verbs over them."""
 
-    def __init__(self, root: Path, mode: Literal["netns", "lo"], nodes: int) -> None:
-        """Describe a cluster of `nodes` nodes below `root`; `start` brings it up."""
+    failures: tuple[str, ...] = ()
+    """Why it runs in no earlier one of the modes that were asked for."""
+
+    def __init__(self, root: Path, mode: Literal["netns", "lo"], nodes: int, number: int) -> None:
+        """Describe cluster `number`, of `nodes` nodes below `root`; `start` brings it up."""
         self.root, self.mode = root, mode
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.config = root / "etc" / "slurm.conf"
@@ -88,9 +97,9 @@ class Cluster:
             key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))
         }
         self.environment = {**inherited, "SLURM_CONF": str(self.config), "PATH": SEARCH_PATH}
-        self._port = _free_ports()
-        self._subnet = _free_subnet() if mode == "netns" else "127.0.77"
-        self._bridge = f"ldm{self._port // PORTS_PER_CLUSTER}"
+        self._port = FIRST_PORT + number * PORTS_PER_CLUSTER
+        self._subnet = f"10.77.{number}" if mode == "netns" else "127.0.77"
+        self._bridge = bridge_name(number)
         self._slurmd: dict[str, subprocess.Popen[bytes]] = {}
 
     @classmethod
@@ -99,19 +108,21 @@ class Cluster:
         cls, nodes: int, modes: Sequence[Literal["netns", "lo"]] = ("netns", "lo")
     ) -> "Iterator[Cluster]":
         """Yield a cluster with all nodes idle, in the first of `modes` that this machine allows; end it after."""
-        failures = []
+        failures: list[str] = []
         for mode in modes:
             with contextlib.ExitStack() as stack:
+                number = stack.enter_context(own_number())
                 # 755: Slurm's commands of other users read the config, and wait for a minute where they cannot.
-                root = Path(tempfile.mkdtemp(prefix="ldm-slurm-"))
+                root = Path(tempfile.mkdtemp(prefix=folder_prefix(number)))
                 root.chmod(0o755)
                 stack.callback(shutil.rmtree, root, ignore_errors=True)
-                cluster = cls(root, mode, nodes)
+                cluster = cls(root, mode, nodes, number)
                 try:
                     cluster._up(stack)
                 except (subprocess.SubprocessError, OSError, TimeoutError) as error:
                     failures.append(f"{mode}: {error}\n{cluster._logs()}")
                     continue
+                cluster.failures = tuple(failures)
                 yield cluster
                 return
         raise RuntimeError("no Slurm cluster came up:\n" + "\n".join(failures))
@@ -120,7 +131,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Run one of Slurm's commands and return what it printed."""
-        return _run(*command, environment=self.environment, check=check)
+        return run_tool(*command, environment=self.environment, check=check)
 
     def show(self, job: str) -> dict[str, str]:
         """Return the fields of `scontrol show job`, or nothing if Slurm does not know the job."""
@@ -153,19 +164,23 @@ class Cluster:
     def crash(self, node: str) -> None:
         """Kill everything that runs on `node` at once, as a power cut does."""
         for _ in range(3):  # What is being forked meanwhile is found the next time.
-            for pid in _run("ip", "netns", "pids", self._space(node)).split():
+            for pid in run_tool("ip", "netns", "pids", self._space(node)).split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
 
     def cut(self, node: str) -> None:
         """Pull the node's cable; what runs there goes on."""
-        _run("ip", "link", "set", f"{self._bridge}v{self._number(node)}", "down")
+        run_tool("ip", "link", "set", f"{self._bridge}v{self._number(node)}", "down")
+
+    def enter_mounts(self, node: str, *command: str) -> None:
+        """Run a command that sees what `node` has mounted: each has mounts of its own."""
+        run_tool("nsenter", f"--mount=/proc/{self._slurmd[node].pid}/ns/mnt", *command)
 
     def heal(self) -> None:
         """Plug in every cable, start the slurmd of every node that has none, and wait until all nodes are idle."""
         for node in self.nodes:
             if self.mode == "netns":
-                _run("ip", "link", "set", f"{self._bridge}v{self._number(node)}", "up")
+                run_tool("ip", "link", "set", f"{self._bridge}v{self._number(node)}", "up")
             if self._slurmd[node].poll() is not None:
                 self._start_node(node)
         # Before the nodes are down: a job with a spare would outlive them.
@@ -258,19 +273,19 @@ class Cluster:
 
     def _make_network(self, stack: contextlib.ExitStack) -> None:
         bridge = self._bridge
-        _run("ip", "link", "add", bridge, "type", "bridge")
-        stack.callback(_run, "ip", "link", "del", bridge, check=False)
-        _run("ip", "addr", "add", f"{self._subnet}.254/24", "dev", bridge)
-        _run("ip", "link", "set", bridge, "up")
+        run_tool("ip", "link", "add", bridge, "type", "bridge")
+        stack.callback(run_tool, "ip", "link", "del", bridge, check=False)
+        run_tool("ip", "addr", "add", f"{self._subnet}.254/24", "dev", bridge)
+        run_tool("ip", "link", "set", bridge, "up")
         for number in range(1, len(self.nodes) + 1):
             space, cable = f"{bridge}-{number}", f"{bridge}v{number}"
-            _run("ip", "netns", "add", space)
-            stack.callback(_run, "ip", "netns", "del", space, check=False)
-            _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
-            _run("ip", "link", "set", cable, "master", bridge, "up")
-            _run("ip", "-n", space, "link", "set", "lo", "up")
-            _run("ip", "-n", space, "addr", "add", f"{self._subnet}.{number}/24", "dev", "eth0")
-            _run("ip", "-n", space, "link", "set", "eth0", "up")
+            run_tool("ip", "netns", "add", space)
+            stack.callback(run_tool, "ip", "netns", "del", space, check=False)
+            run_tool("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+            run_tool("ip", "link", "set", cable, "master", bridge, "up")
+            run_tool("ip", "-n", space, "link", "set", "lo", "up")
+            run_tool("ip", "-n", space, "addr", "add", f"{self._subnet}.{number}/24", "dev", "eth0")
+            run_tool("ip", "-n", space, "link", "set", "eth0", "up")
 
     def _node_command(self, number: int, node: str) -> list[str]:
         if self.mode == "lo":
@@ -306,41 +321,11 @@ class Cluster:
 
     def _end_leftovers(self) -> None:
         """Kill what still carries this cluster's config in its environment: step daemons and jobs outlive slurmd."""
-        mark = f"SLURM_CONF={self.config}".encode()
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(folder.name), signal.SIGKILL)
+        kill_all_that_carry(f"SLURM_CONF={self.config}")
 
     def _logs(self) -> str:
         logs = sorted((self.root / "log").glob("*"))
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1000:]}" for log in logs)
-
-
-def until(true: Callable[[], Found], seconds: float, what: str) -> Found:
-    """Return the first true answer of `true`, asked every 50 ms for at most `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(0.05)
-    return found
-
-
-def _run(*command: str, environment: Mapping[str, str] | None = None, check: bool = True) -> str:
-    environment = environment or {**os.environ, "PATH": SEARCH_PATH}
-    done = subprocess.run(
-        command,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=60,
-        check=False,
-    )
-    if check and done.returncode:
-        raise OSError(f"{' '.join(command)}: exit code {done.returncode}: {done.stdout.strip()}")
-    return done.stdout.strip()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -350,17 +335,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _free_ports() -> int:
-    """Return the first of a block of ports that no other cluster on this machine uses."""
-    for base in range(FIRST_PORT, 32000, PORTS_PER_CLUSTER):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("", base))
-            return base
-    raise OSError("no free block of ports for a cluster")
-
-
-def _free_subnet() -> str:
-    taken = _run("ip", "-o", "-4", "addr", "show")
-    return next(f"10.77.{number}" for number in range(1, 255) if f" 10.77.{number}." not in taken)

@@ -12,7 +12,8 @@ from pipeline.config import RunConfig
 from pipeline.paths import RunPaths
 from pipeline.training.health.heartbeat import Beat, read_heartbeats
 from tests.builders import tiny_config
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import Cluster
+from tests.slurm.machine import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,15 +101,15 @@ class SmallJob:
         """Return a rank's last sign of life."""
         return next(beat for beat in read_heartbeats(self.run) if beat.rank == rank)
 
-    def price(self, name: str, fault_time: float, *, until_end: bool = True) -> tuple[int, float]:
+    def price(self, name: str, fault_time: float) -> tuple[int, float]:
         """Return and print steps lost and seconds from the fault to the next step of another attempt.
 
-        `until_end`: steps that the struck attempt still did after the fault count as done by it.
+        Steps that the struck attempt still did after the fault, before the other's first, count as done by it.
         """
         rows = self.steps()
         struck = [row["attempt"] for row in rows if row["time"] <= fault_time][-1]
-        done = [row for row in rows if row["attempt"] == struck and (until_end or row["time"] <= fault_time)]
         after = [row for row in rows if row["time"] > fault_time and row["attempt"] != struck]
+        done = [row for row in rows if row["attempt"] == struck and row["time"] < after[0]["time"]]
         lost = max(row["step"] for row in done) - (after[0]["step"] - 1)
         seconds = after[0]["time"] - fault_time
         print(f"PRICE {name}: {lost} steps lost, {seconds:.1f} s from the fault to the next step")

@@ -14,11 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from launch.nodes import place
-from launch.supervisor.exits import preflight_file
 from launch.supervisor.history import newest_step, read_history
 from pipeline.errors import PipelineError
 from pipeline.paths import RunPaths
-from pipeline.publish import write_json
 from pipeline.training.health.heartbeat import Heartbeat
 from pipeline.training.saving.fence import Fence
 from pipeline.training.stop import answer_with_stacks
@@ -34,7 +32,7 @@ def note_stop(number: int, frame: FrameType | None) -> None:
     asked = True
 
 
-def befall(fault: str, run: RunPaths, rank: int) -> None:
+def befall(fault: str) -> None:
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "freeze":
@@ -43,10 +41,8 @@ def befall(fault: str, run: RunPaths, rank: int) -> None:
         mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
         library.pthread_mutex_lock(mutex)
         library.pthread_mutex_lock(mutex)
-    elif fault == "preflight":
-        problems = {"node": os.environ["SLURMD_NODENAME"], "problems": ["its memory forgets"]}
-        write_json(preflight_file(run, os.environ["LDM_ATTEMPT"], rank), problems)
-        sys.exit(1)
+    elif fault == "slow":
+        time.sleep(4 * STEP_SECONDS)
     else:
         sys.exit(int(fault))
 
@@ -69,8 +65,8 @@ def main() -> None:
         heartbeat.enter("step")
         while step < total:
             heartbeat.beat(step)
-            if rank == fault_rank and step == fault_step:
-                befall(fault, run, rank)
+            if rank == fault_rank and (step == fault_step or fault == "slow"):
+                befall(fault)
             time.sleep(STEP_SECONDS)
             word = meet(folder, step, rank, place_now.world_size, "stop" if asked else "go")
             step += 1

@@ -14,7 +14,8 @@ from launch.nodes import job_port
 from launch.slurm import submit_job
 from pipeline.config import ClusterConfig, EncodeConfig, EngineConfig, RunConfig, TrainConfig, UNetConfig
 from pipeline.paths import RunPaths
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import Cluster
+from tests.slurm.machine import until
 
 pytestmark = pytest.mark.slurm
 

@@ -30,7 +30,8 @@ from preprocessing.work import encode_dataset
 from tests.builders import tiny_autoencoder, tiny_clip, tiny_config
 from tests.preprocessing.builders import image_file, noise, pairs, write_input
 from tests.requirements import leave_out
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import Cluster
+from tests.slurm.machine import until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 SHARDS, SAMPLES = 6, 8
@@ -213,24 +214,24 @@ def test_a_rehearsal_goes_before_the_big_job_and_can_stop_it(
 ) -> None:
     path, run = write_config(data={"dataset": str(dataset)}, train={"steps": 2}, sample={"every": None})
     submit(Request(path, rehearse=True))
-    ids = ids_of(run)
-    assert end_of(cluster, run, ids["train"]) == "COMPLETED"
+    broken = tmp_path / "broken"
+    shutil.copytree(dataset, broken)
+    for tar in broken.glob("*/*.tar"):
+        os.truncate(tar, 512)
+    path, stopped = write_config(name="broken", data={"dataset": str(broken)}, sample={"every": None})
+    submit(Request(path, rehearse=True))
+
+    assert end_of(cluster, run, ids_of(run)["train"]) == "COMPLETED"
     beside = RunPaths(run.root / "rehearsal-1")
     assert {record["step"] for record in read_records(beside.metrics, "train")} == {1, 2, 3}
     assert [step_of(folder) for folder in committed(beside.checkpoints)] == [3]
     assert read_records(beside.metrics, "train")[-1]["val_loss_ema"] > 0
     assert step_of(committed(run.checkpoints)[-1]) == 2
 
-    broken = tmp_path / "broken"
-    shutil.copytree(dataset, broken)
-    for tar in broken.glob("*/*.tar"):
-        os.truncate(tar, 512)
-    path, run = write_config(name="broken", data={"dataset": str(broken)}, sample={"every": None})
-    submit(Request(path, rehearse=True))
-    ids = ids_of(run)
-    assert end_of(cluster, run, ids["rehearse"]) == "FAILED"
-    assert end_of(cluster, run, ids["train"], 30) == "CANCELLED"
-    assert not run.metrics.exists()
+    ids = ids_of(stopped)
+    assert end_of(cluster, stopped, ids["rehearse"]) == "FAILED"
+    assert end_of(cluster, stopped, ids["train"], 30) == "CANCELLED"
+    assert not stopped.metrics.exists()
 
 
 def test_a_sweep_is_a_run_for_each_value_below_one_parent(

@@ -30,7 +30,8 @@ class RunState:
     loss: float | None = None
     """Mean loss of the last record."""
     interval: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    """This rank's [sum of losses, applied steps] since the last record: the next record is then the same one."""
+    """This rank's [sum of losses, applied steps, losses and weights by timestep] since the last record: the next
+    record is then the same one. Older checkpoints have the first two."""
     health: dict[str, Any] = field(default_factory=dict)
     """What the last steps were like (`Health.to_json`): the same run finds the same spikes."""
 
@@ -42,8 +43,9 @@ class RunState:
         if len(parts) == world_size:
             numbers["interval"] = list(parts[rank])
         else:
-            losses, counts = zip(*parts, strict=True)
-            numbers["interval"] = [sum(losses) if rank == 0 else 0.0, counts[0]]
+            losses, counts, *binned = zip(*parts, strict=True)
+            shown = [sum(values) if rank == 0 else 0.0 for values in (losses, *binned)]
+            numbers["interval"] = [shown[0], counts[0], *shown[1:]]
         return cls(**numbers | {"substituted": dict(manifest["substituted"])})
 
     def to_json(self) -> dict[str, Any]:

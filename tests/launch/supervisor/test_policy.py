@@ -1,5 +1,6 @@
 """What follows from an end: the count of starts without progress, bad nodes, and whether a job was cancelled."""
 
+import os
 import socket
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervisor.comeback import Job, is_cancelled
+from launch.supervisor.comeback import Job, is_cancelled, requeue
 from launch.supervisor.events import tell
 from launch.supervisor.history import Attempt, add_attempt, failures_without_progress, read_history
 from launch.supervisor.nodes import EXPIRY_SECONDS, bad_nodes, note_bad, silent_nodes
@@ -110,6 +111,20 @@ def test_an_element_of_an_array_is_requeued_by_its_own_name(environment: dict[st
     assert Job.of(environment) == job
 
 
+def test_a_requeue_is_heard_although_slurm_ends_the_one_who_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as Slurm has taken the request it sends TERM to all of the job."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/bash\necho "$@" > "${0%/*}/asked"\nkill -TERM $$ $PPID\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert requeue(Job("9", "7_3", 0)) == ""
+    assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
+    scontrol.write_text("#!/bin/bash\necho 'Requested operation is presently disabled' >&2; exit 1\n")
+    assert requeue(Job("9", "7_3", 0)) == "Requested operation is presently disabled"
+
+
 def test_an_event_runs_the_command_without_a_shell(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     program = "import sys; open(sys.argv[1], 'w').write(repr(sys.argv[2:]))"
@@ -170,7 +185,7 @@ def test_every_attempt_has_caches_of_its_own_and_no_foreign_place() -> None:
 @pytest.mark.covers("F13")
 def test_the_rank_that_never_waits_is_named() -> None:
     now = [0.0]
-    stragglers = Stragglers(plan_of(), clock=lambda: now[0])
+    stragglers = Stragglers(plan_of(), 60.0, clock=lambda: now[0])
 
     def beats(seconds: float, waited: list[float]) -> list[Beat]:
         return [

@@ -49,7 +49,10 @@ class InterruptedTrainingError(Exception):
 
 
 class FailingPairs(Sequence[Pair]):
-    """Pairs that can be iterated, and whose n-th fetch by place raises: the training dies inside a step."""
+    """Pairs that can be iterated; the n-th fetch of a training pair by place raises: it dies inside a step.
+
+    Pairs kept from training may be looked at as often as one likes: pictures of how far it is show them.
+    """
 
     def __init__(self, pairs: Sequence[Pair], fetches: int) -> None:
         self._pairs, self._left = pairs, fetches
@@ -65,10 +68,13 @@ class FailingPairs(Sequence[Pair]):
     @overload
     def __getitem__(self, place: slice) -> Sequence[Pair]: ...
     def __getitem__(self, place: int | slice) -> Pair | Sequence[Pair]:
+        found = self._pairs[place]
+        if not isinstance(found, Sequence) and found.split == "validation":
+            return found
         if self._left == 0:
             raise InterruptedTrainingError
         self._left -= 1
-        return self._pairs[place]
+        return found
 
 
 def draw(shape: str, colour: tuple[int, int, int], side: int) -> np.ndarray:

@@ -6,81 +6,32 @@ fixing the timesteps, and takes the posterior's mean, which has no noise of its 
 """
 
 import hashlib
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import publish
 from pipeline.config import RunConfig
-from pipeline.data.changes import data_digest
 from pipeline.data.conditions import require_sizes, time_ids
-from pipeline.data.held_out import HeldOut, open_held_out
+from pipeline.data.held_out import HeldOut
 from pipeline.diffusion import draws
 from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.objective import Network, denoising_loss
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
-from pipeline.errors import DataError, DivergedError
-from pipeline.generate import (
-    TrainedNetwork,
-    Weights,
-    default_device,
-    encoder_folders,
-    refuse_differences,
-)
+from pipeline.evaluation.together import in_turns
+from pipeline.generate import TrainedNetwork, encoder_folders, refuse_differences
 from pipeline.latents.record import LatentSample
 from pipeline.models.text_pair import TextEncoder, load_text_encoder
 from pipeline.paths import RunPaths
-from pipeline.progress import Progress, progress_bar
-from pipeline.tracking import open_records
-from pipeline.training.averages.turns import ALONE, Share
+from pipeline.progress import Progress
+from pipeline.training.world import World
 
 # One for all runs: their validation losses can be compared.
 NOISE_SEED = 0
-KINDS: tuple[Weights, ...] = ("raw", "ema")
-
-
-def evaluate_run(paths: RunPaths, config: RunConfig, kinds: Sequence[Weights] = KINDS) -> dict[str, Any]:
-    """Return the validation losses of the newest checkpoint under each of `kinds`, and write them to `paths.evaluation`.
-
-    `config` decides how many samples and timesteps; the model, the objective and the data are the checkpoint's.
-
-    Raises:
-        CheckpointError: when there is no valid checkpoint.
-        DivergedError: when a loss is not finite.
-        DataError: when the validation split is empty or the data is not what the checkpoint was trained on.
-    """
-    device = default_device()
-    networks = TrainedNetwork.each(paths, kinds, device)
-    trained = next(networks)
-    dataset = _validation_split(trained, paths, config.evaluate.max_samples)
-    text_encoder = validation_text_encoder(trained.config, dataset, paths, device)
-    timesteps = evaluation_timesteps(config.evaluate.timesteps, trained.config.objective.timesteps)
-    samples = len(dataset)
-    result: dict[str, Any] = {
-        "step": trained.step,
-        "samples": trained.samples,
-        "checkpoint": trained.checkpoint.name,
-        "data_digest": trained.data_digest,
-        "validation_samples": samples,
-        "prediction": trained.config.objective.prediction,
-        "timesteps": timesteps,
-    }
-    for network in itertools.chain((trained,), networks):
-        with progress_bar(samples * len(timesteps), f"evaluate {network.weights}", unit="loss") as progress:
-            evaluator = Evaluator.of(network, dataset, text_encoder)
-            losses_NT = evaluator.losses(samples, timesteps, config.evaluate.batch, progress)
-        _refuse_non_finite(losses_NT, network)
-        result[network.weights] = summary(losses_NT)
-    dataset.close()
-    publish.write_json(paths.evaluation, result)
-    _record(result, kinds, paths, config)
-    return result
 
 
 class Evaluator:
@@ -108,18 +59,29 @@ class Evaluator:
 
     @torch.no_grad()
     def losses(
-        self, samples: int, timesteps: list[int], batch: int, progress: Progress, *, share: Share = ALONE
+        self,
+        samples: int,
+        timesteps: list[int],
+        batch: int,
+        progress: Progress,
+        *,
+        world: World | None = None,
     ) -> np.ndarray:
-        """Return the loss of each of the first `samples` samples at each timestep, float64 [N, T].
+        """Return the loss of each of the first `samples` samples at each timestep, float64 [N, T], on every rank.
 
-        Whole batches are dealt to the ranks, so that a sample's loss is the same bits at any world size; what other
-        ranks measure is 0 here. Every rank makes equally many forward passes: at ZeRO stage 3 each is a collective.
+        Whole batches are dealt to the ranks of `world` (default: alone), so that a sample's loss is the same bits at any
+        world size. Every rank makes equally many forward passes: at ZeRO stage 3 each is a collective.
+
+        Raises:
+            DataError: on all ranks, when any cannot read its samples.
         """
+        world = World() if world is None else world
         losses_NT = np.zeros((samples, len(timesteps)))
         batches = self._batches(samples, batch)
-        for number, filler in share.of(len(batches)):
+        for number, part, filler in in_turns(
+            world, len(batches), lambda piece: [self._dataset.read(index) for index in batches[piece]]
+        ):
             indices = batches[number]
-            part = [self._dataset.read(index) for index in indices]
             x0_BCHW, conditions = self._latents(part), self._conditions(part, indices[0])
             for column, timestep in enumerate(timesteps):
                 noise = [validation_noise(sample.key, timestep, x0_BCHW.shape[1:]) for sample in part]
@@ -135,7 +97,8 @@ class Evaluator:
                 if not filler:
                     losses_NT[indices, column] = loss_B.double().cpu().numpy()
                     progress.advance(len(part))
-        return losses_NT
+        # Every other rank has 0 in its place: the sum is exact.
+        return np.array(world.sum(losses_NT.ravel().tolist())).reshape(losses_NT.shape)
 
     def _batches(self, samples: int, batch: int) -> list[list[int]]:
         """Return the indices of up to `batch` neighbours of one latent shape; the split is ordered by bucket."""
@@ -208,18 +171,6 @@ def loss_values(weights: str, timesteps: list[int], summed: Mapping[str, Any]) -
     return {name: summed["loss"]} | {f"{name}/t{timestep:04d}": loss for timestep, loss in by_timestep}
 
 
-def _validation_split(trained: TrainedNetwork, paths: RunPaths, most: int) -> HeldOut:
-    """Return what no step saw of the data that the network was trained on: one data set or a mixture, anywhere."""
-    dataset = open_held_out(trained.config.data, paths.latents, most)
-    found = data_digest(dataset.sets, trained.config.data)
-    refuse_differences(dataset.where, {"digest": (found, trained.data_digest)})
-    if len(dataset) == 0:
-        raise DataError(
-            f"{dataset.where}: the validation split is empty; set encode.validation_samples and encode again"
-        )
-    return dataset
-
-
 def validation_text_encoder(
     config: RunConfig, dataset: HeldOut, paths: RunPaths, device: torch.device
 ) -> TextEncoder | None:
@@ -236,20 +187,3 @@ def validation_text_encoder(
         dataset.where, {"encoder.text_encoder": (dataset.encoder["text_encoder"], encoder.digest)}
     )
     return encoder
-
-
-def _refuse_non_finite(losses_NT: np.ndarray, trained: TrainedNetwork) -> None:
-    wrong = int((~np.isfinite(losses_NT)).sum())
-    if wrong:
-        raise DivergedError(
-            f"{trained.checkpoint}: {wrong} of {losses_NT.size} validation losses of the {trained.weights} weights "
-            "are not finite; go back to an earlier checkpoint"
-        )
-
-
-def _record(result: dict[str, Any], kinds: Sequence[Weights], paths: RunPaths, config: RunConfig) -> None:
-    values: dict[str, float] = {}
-    for weights in kinds:
-        values |= loss_values(weights, result["timesteps"], result[weights])
-    with open_records(paths, config, kind="evaluate", attempt="evaluate") as records:
-        records.log(result["step"], values, samples=result["samples"])

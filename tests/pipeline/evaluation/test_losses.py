@@ -21,7 +21,8 @@ from pipeline.data.sets import open_datasets
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import DataError, DivergedError
-from pipeline.evaluate import Evaluator, evaluate_run, evaluation_timesteps, summary, validation_noise
+from pipeline.evaluation.losses import Evaluator, evaluation_timesteps, summary, validation_noise
+from pipeline.evaluation.run import evaluate_run
 from pipeline.generate import Generator, TrainedNetwork
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.text_encoder import FrozenTextEncoder
