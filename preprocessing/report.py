@@ -1,10 +1,8 @@
 """One page to look at a data set with: counts, histograms, storage, originals beside their decoded latents.
 
-The page is one static file without scripts or network: pictures are data: URIs, drawings are inline SVG, every
-text from the data is escaped.
+Made of the parts of `pipeline.page`: one static file without scripts or network.
 """
 
-import base64
 import html
 import math
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from pipeline.latents.segments import SPLITS
 from pipeline.latents.shard import shard_path
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.pixels import pixels_from_images
+from pipeline.page import histogram, picture, render_page, sections, table
 from pipeline.progress import followed
 from pipeline.publish import write_bytes
 from preprocessing.filters import Rules
@@ -35,7 +34,6 @@ from preprocessing.verify import spaced
 REPORT_NAME = "report.html"
 GALLERY_SAMPLES = 24
 HISTOGRAM_SAMPLES = 512
-HISTOGRAM_BINS = 32
 EXAMPLE_KEYS = 3
 MAX_TABLES = 64
 SHOWN_PIXELS = 128
@@ -88,7 +86,7 @@ def render_report(out: Path, source: Path | str, decoder: Decoder, image_column:
             f"{out}: encoded with autoencoder {used}, the report was given {decoder.digest}; give that one"
         )
     rows = _rows(out)
-    sections = [
+    parts = [
         ("What became of the input", _counts(dataset, rows)),
         ("Captions and pictures", _input_histograms(dataset, rows)),
         ("Buckets", _buckets(dataset)),
@@ -101,9 +99,9 @@ def render_report(out: Path, source: Path | str, decoder: Decoder, image_column:
         ("Made with", _made_with(dataset)),
     ]
     dataset.close()
-    body = "\n".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
     path = out / REPORT_NAME
-    write_bytes(path, PAGE.format(title=html.escape(out.name), body=body).encode())
+    page = render_page(out.name, sections(parts), about="data set report", figure_width="17rem")
+    write_bytes(path, page.encode())
     return path
 
 
@@ -181,7 +179,7 @@ def _counts(dataset: LatentDataset, rows: Sequence[dict[str, Any]]) -> str:
         (f"noted: {remark}", count, "") for remark, count in dataset.manifest.statistics["remarks"].items()
     ]
     lines.append(("unaccounted", counts.unaccounted, ""))
-    return _table(("", "samples", ""), lines)
+    return table(("", "samples", ""), lines)
 
 
 def _input_histograms(dataset: LatentDataset, rows: Sequence[dict[str, Any]]) -> str:
@@ -212,7 +210,7 @@ def _buckets(dataset: LatentDataset) -> str:
         samples = sum(bucket[split] for split in SPLITS)
         bar = "\N{FULL BLOCK}" * max(1, round(24 * samples / most))
         lines.append((f"{bucket['height']} x {bucket['width']}", *(bucket[split] for split in SPLITS), bar))
-    return _table(("pixels", *SPLITS, ""), lines)
+    return table(("pixels", *SPLITS, ""), lines)
 
 
 def used_tokens(tokens_L: np.ndarray) -> int:
@@ -247,7 +245,7 @@ def _latents(dataset: LatentDataset) -> str:
         said.append(
             f"by posterior width against fp16 rounding, encode.latent={statistics['recommended_latent']} is recommended"
         )
-    return _table(("channel", *columns), lines) + f"<p>{'; '.join(said)}</p>" + "".join(drawings)
+    return table(("channel", *columns), lines) + f"<p>{'; '.join(said)}</p>" + "".join(drawings)
 
 
 def _storage(dataset: LatentDataset) -> str:
@@ -272,7 +270,7 @@ def _storage(dataset: LatentDataset) -> str:
             )
     whole = sum(dataset.shard_bytes)
     return (
-        _table(("member", "bytes a sample, in the tar", "MB in all", "share"), lines)
+        table(("member", "bytes a sample, in the tar", "MB in all", "share"), lines)
         + f"<p>{whole / 1e6:,.1f} MB in {len(dataset.shard_bytes)} tars</p>"
     )
 
@@ -299,57 +297,8 @@ def _made_with(dataset: LatentDataset) -> str:
         **manifest.preprocessing,
         **manifest.spec.as_dict(),
     }
-    return _table(("", ""), sorted((name, str(value)) for name, value in facts.items()))
+    return table(("", ""), sorted((name, str(value)) for name, value in facts.items()))
 
 
 def _picture(pixels: np.ndarray, alternative: str) -> str:
-    data = base64.b64encode(png_bytes(pixels)).decode()
-    return f"<img alt='{alternative}' width='{SHOWN_PIXELS}' src='data:image/png;base64,{data}'>"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in line) + "</tr>" for line in lines
-    )
-    return f"<table><tr>{cells}</tr>{rows}</table>"
-
-
-def histogram(values: Sequence[float] | np.ndarray, title: str) -> str:
-    """Return an inline SVG of the distribution of `values` with its range and median written below."""
-    array = np.asarray(values, np.float64)
-    if not array.size:
-        return ""
-    whole = bool((array == array.round()).all())
-    distinct = int(np.ptp(array)) + 1 if whole else HISTOGRAM_BINS
-    counts, _ = np.histogram(array, bins=min(distinct, HISTOGRAM_BINS))
-    width = 320 / len(counts)
-    bars = "".join(
-        f"<rect x='{place * width:.1f}' y='{90 - 86 * count / counts.max():.1f}' width='{max(1.0, width - 1):.1f}' "
-        f"height='{86 * count / counts.max():.1f}'/>"
-        for place, count in enumerate(counts)
-    )
-    said = f"{array.min():.4g} to {array.max():.4g}, median {np.median(array):.4g}, {array.size} values"
-    return (
-        f"<figure class='chart'><svg viewBox='0 0 320 92' role='img' aria-label='{html.escape(title)}'>{bars}</svg>"
-        f"<figcaption><b>{html.escape(title)}</b><br>{said}</figcaption></figure>"
-    )
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}: data set report</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: .5rem 0; }}
-td, th {{ border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0; text-align: left; overflow-wrap: anywhere; }}
-figure {{ display: inline-block; vertical-align: top; margin: .5rem 1rem .5rem 0; }}
-.chart {{ width: 20rem; }} .chart rect {{ fill: #4472b0; }}
-.gallery figure {{ width: 17rem; }} img {{ image-rendering: pixelated; margin-right: .25rem; }}
-figcaption {{ font-size: .85rem; overflow-wrap: anywhere; }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
+    return picture(png_bytes(pixels), alternative, f"width='{SHOWN_PIXELS}'")

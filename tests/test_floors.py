@@ -15,6 +15,7 @@ PIPELINE_FLOORS = {
     "pipeline": 0,
     "pipeline.errors": 0,
     "pipeline.publish": 0,
+    "pipeline.page": 0,
     "pipeline.config": 1,
     "pipeline.config_file": 1,
     "pipeline.paths": 1,

@@ -1,27 +1,23 @@
 """The one-page report: what the source holds, what is proposed and why. One static file, no scripts, no network."""
 
-import base64
 import html
 from collections.abc import Iterator, Sequence
-
-import numpy as np
 
 from launch.init.cost import MEASURED_ON, VISITS, visits_words
 from launch.init.look import Example, Facts
 from launch.init.proposal import Proposal
+from pipeline.page import histogram, picture, render_page, sections, table
 from preprocessing.filters import Rules
 from preprocessing.images import Picture, png_bytes, prepare_image
 from preprocessing.reasons import REASONS
 
-BINS = 32
-CHART_WIDTH, CHART_HEIGHT = 320, 90
 SHOWN_PIXELS = 96
 LONG_CAPTION = 160
 
 
 def render(facts: Facts, proposal: Proposal, command: str) -> str:
     """Return the page as HTML; `command` is what runs the proposal."""
-    sections = [
+    parts = [
         ("Before you start", _notes(proposal.notes)),
         ("What it will take", _costs(proposal)),
         ("What is proposed, and why", _choices(proposal)),
@@ -30,10 +26,8 @@ def render(facts: Facts, proposal: Proposal, command: str) -> str:
         ("Captions", _captions(facts)),
         ("As they would be prepared", _gallery(facts.examples, proposal)),
     ]
-    body = "\n".join(
-        f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content
-    )
-    return PAGE.format(title=html.escape(proposal.config.name), command=html.escape(command), body=body)
+    lead = f"<p>To run it: <code>{html.escape(command)}</code></p>"
+    return render_page(proposal.config.name, sections(parts), about="what init found", lead=lead)
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -44,7 +38,7 @@ def _notes(notes: Sequence[str]) -> str:
 def _costs(proposal: Proposal) -> str:
     gpu = proposal.gpu
     if gpu is not None:
-        return _table(
+        return table(
             ("", f"{gpu.device}-hours, estimated"),
             [("encoding", f"{gpu.encode_hours:,.2f}"), ("training", f"{gpu.train_hours:,.1f}")],
         ) + (
@@ -52,10 +46,10 @@ def _costs(proposal: Proposal) -> str:
             "An estimate from arithmetic and published speeds, measured on no GPU here; <code>ldm plan</code> says more.</p>"
         )
     lines = [(cost.stage, f"{cost.seconds / 60:.1f}", cost.words) for cost in proposal.stages]
-    table = "; ".join(f"{loss:g} at {visits}" for visits, loss in VISITS)
-    return _table(("stage", "minutes", ""), [*lines, ("in all", f"{proposal.minutes:.0f}", "")]) + (
+    measured = "; ".join(f"{loss:g} at {visits}" for visits, loss in VISITS)
+    return table(("stage", "minutes", ""), [*lines, ("in all", f"{proposal.minutes:.0f}", "")]) + (
         f"<p>{proposal.visits:,.0f} visits of each concept: {visits_words(proposal.visits)}. The loss follows the "
-        f"visits ({table}, measured on emoji). Minutes in proportion to rates measured on {html.escape(MEASURED_ON)}.</p>"
+        f"visits ({measured}, measured on emoji). Minutes in proportion to rates measured on {html.escape(MEASURED_ON)}.</p>"
     )
 
 
@@ -70,7 +64,7 @@ def _choices(proposal: Proposal) -> str:
         return node
 
     lines = [(key, value(key), reason) for key, reason in sorted(proposal.reasons.items())]
-    return _table(("setting", "value", "why"), lines) + f"<p>All else as in configs/{proposal.base}.</p>"
+    return table(("setting", "value", "why"), lines) + f"<p>All else as in configs/{proposal.base}.</p>"
 
 
 def _counts(facts: Facts) -> str:
@@ -95,7 +89,7 @@ def _counts(facts: Facts) -> str:
             for name, count in counts.items()
         ]
     lines += [("damaged", "", said) for said in facts.damaged[:5]]
-    return _table(("", "", ""), lines)
+    return table(("", "", ""), lines)
 
 
 def _pictures(facts: Facts) -> str:
@@ -107,12 +101,14 @@ def _pictures(facts: Facts) -> str:
         ("animated", sum(header.animated for header in facts.headers)),
     ):
         kinds[name] = count
-    table = _table(("", "pictures read"), [(name, f"{count:,}") for name, count in sorted(kinds.items())])
+    kinds_table = table(
+        ("", "pictures read"), [(name, f"{count:,}") for name, count in sorted(kinds.items())]
+    )
     return (
         histogram([header.short for header in facts.headers], "shorter side, pixels")
         + histogram([header.width / header.height for header in facts.headers], "width over height")
         + histogram([header.file_bytes / 1000 for header in facts.headers], "kilobytes of a file")
-        + table
+        + kinds_table
     )
 
 
@@ -131,7 +127,7 @@ def _captions(facts: Facts) -> str:
     return (
         drawings
         + histogram([len(text) for text in captions.all], "characters of a caption")
-        + _table(("", ""), lines)
+        + table(("", ""), lines)
     )
 
 
@@ -150,59 +146,7 @@ def _figures(examples: Sequence[Example], rules: Rules) -> Iterator[str]:
         outcome = prepare_image(example.payload, rules)
         said = html.escape(_short(example.caption))
         if isinstance(outcome, Picture):
-            data = base64.b64encode(png_bytes(outcome.pixels)).decode()
-            yield (
-                f"<figure><img alt='' height='{SHOWN_PIXELS}' src='data:image/png;base64,{data}'>"
-                f"<figcaption>{said}</figcaption></figure>"
-            )
+            shown = picture(png_bytes(outcome.pixels), "", f"height='{SHOWN_PIXELS}'")
+            yield f"<figure>{shown}<figcaption>{said}</figcaption></figure>"
         else:
             yield f"<figure><figcaption><b>{outcome.reason}</b><br>{said}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head) if any(head) else ""
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in line) + "</tr>" for line in lines
-    )
-    return f"<table><tr>{cells}</tr>{rows}</table>"
-
-
-def histogram(values: Sequence[float], title: str) -> str:
-    """Return an inline SVG of the distribution of `values` with its range and median written below."""
-    array = np.asarray(values, np.float64)
-    if not array.size:
-        return ""
-    counts, _ = np.histogram(array, bins=BINS)
-    width = CHART_WIDTH / BINS
-    heights = (CHART_HEIGHT - 4) * counts / counts.max()
-    bars = "".join(
-        f"<rect x='{place * width:.1f}' y='{CHART_HEIGHT - height:.1f}' width='{width - 1:.1f}' height='{height:.1f}'/>"
-        for place, height in enumerate(heights)
-    )
-    said = f"{array.min():.4g} to {array.max():.4g}, median {np.median(array):.4g}"
-    return (
-        f"<figure class='chart'><svg viewBox='0 0 {CHART_WIDTH} {CHART_HEIGHT + 2}' role='img' "
-        f"aria-label='{html.escape(title)}'>{bars}</svg><figcaption><b>{html.escape(title)}</b><br>{said}</figcaption></figure>"
-    )
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}: what init found</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: .5rem 0; }}
-td, th {{ border-bottom: 1px solid #ddd; padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }}
-figure {{ display: inline-block; vertical-align: top; margin: .5rem 1rem .5rem 0; }}
-.chart {{ width: 20rem; }} .chart rect {{ fill: #4472b0; }}
-.gallery figure {{ width: 10rem; }} img {{ image-rendering: pixelated; }}
-figcaption {{ font-size: .85rem; overflow-wrap: anywhere; }}
-code {{ background: #f2f2f2; padding: 0 .3rem; }}
-</style></head><body><h1>{title}</h1>
-<p>To run it: <code>{command}</code></p>
-{body}
-</body></html>
-"""

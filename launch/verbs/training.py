@@ -1,8 +1,9 @@
-"""Verbs around one training run: train, measure, paint, hand over."""
+"""Verbs around training runs: train, measure, paint, compare, hand over."""
 
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -105,6 +106,25 @@ def sample(
 
     grid = sample_grid(paths, config)
     return Answer(str(grid), {"grid": grid})
+
+
+@long_verb(app)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, e.g. runs/a runs/b")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the page to write")] = Path("compare.html"),
+) -> Answer:
+    """Write one page with several runs beside each other: settings that differ, curves, evaluation, painted grids.
+
+    A static file that needs no network. Runs may be of any length, under way, failed or not measured yet.
+
+    Example: ldm compare runs/demo runs/demo-wide --out compare.html
+    """
+    from launch.compare.page import render
+    from launch.compare.runs import compared_runs
+    from pipeline.publish import write_bytes
+
+    write_bytes(out, render(compared_runs(runs)).encode())
+    return Answer(str(out), {"page": out, "runs": runs})
 
 
 @long_verb(app)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.latents.manifest import Manifest
-from preprocessing.report import compare, histogram, render_report, used_tokens, write_report
+from preprocessing.report import compare, render_report, used_tokens, write_report
 from tests.builders import tiny_autoencoder
 from tests.preprocessing.builders import NumpyEncoder, pair, write_input
 from tests.preprocessing.conftest import Prepared
@@ -127,12 +127,3 @@ def test_tokens_before_the_padding() -> None:
     assert used_tokens(np.array([1, 5, 6, 2, 0, 0])) == 4
     assert used_tokens(np.array([1, 5, 6, 7, 8, 2])) == 5
     assert used_tokens(np.array([2, 2])) == 0
-
-
-def test_histograms_show_every_value() -> None:
-    drawing = histogram([1, 1, 1, 3], "title <x>")
-    heights = [float(height) for height in re.findall(r"height='([\d.]+)'", drawing)]
-    assert heights == [86.0, 0.0, 28.7]
-    assert "title &lt;x&gt;" in drawing and "1 to 3, median 1, 4 values" in drawing
-    assert histogram([], "nothing") == ""
-    assert "median 0.5" in histogram([0.5], "one")

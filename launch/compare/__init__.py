@@ -1,0 +1,1 @@
+"""Several runs beside each other on one page: what was set otherwise, and what came of it."""
