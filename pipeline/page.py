@@ -79,14 +79,20 @@ def curves(lines: Mapping[str, Points], title: str, across: str) -> str:
     drawn = ""
     for number, both in enumerate(finite.values()):
         x, y = (both - low[:, None]) / span[:, None]
-        corners = " ".join(
-            f"{CHART_WIDTH * a:.1f},{CHART_HEIGHT - (CHART_HEIGHT - 4) * b:.1f}"
-            for a, b in zip(x, y, strict=True)
-        )
-        colour = COLOURS[number % len(COLOURS)]
-        drawn += f"<polyline points='{corners}' stroke='{colour}'/>" if corners else ""
+        corners = [
+            (CHART_WIDTH * a, CHART_HEIGHT - (CHART_HEIGHT - 4) * b) for a, b in zip(x, y, strict=True)
+        ]
+        drawn += _line(corners, COLOURS[number % len(COLOURS)])
     said = f"{low[1]:.4g} to {high[1]:.4g}; {across} {low[0]:,.6g} to {high[0]:,.6g}"
     return _chart(drawn, title, said)
+
+
+def _line(corners: Sequence[tuple[float, float]], colour: str) -> str:
+    if len(corners) == 1:
+        ((x, y),) = corners
+        return f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{colour}'/>"
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    return f"<polyline points='{points}' stroke='{colour}'/>" if points else ""
 
 
 def legend(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ MOST_POINTS = 1000
 MOST_STAGES = 6
 """Grids of a run, first and last among them, that show it learning."""
 GRID_WIDTH, STAGE_WIDTH = 420, 200
-CURVES = {"train": None, "evaluate": "val_loss_"}
+CURVES = {"evaluate": "val_loss_", "train": None}
 """Kinds of records, and what the names of their numbers begin with; None = all of them."""
 NO_CURVES = {"time", "step", "samples", "resumed_step", "skipped"}
 ACROSS = ("step", "samples")
