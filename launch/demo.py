@@ -65,6 +65,14 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Painted:
+    """What a demo has come to, in words for its user and in facts."""
+
+    words: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Stage:
     """A part of the chain; `run` does it (or goes on with it) and returns the digest of what it made."""
 
@@ -144,8 +152,8 @@ STAGES = (
 )
 
 
-def run_demo(path: Path, overrides: Sequence[str] = (), *, fast: bool = False) -> dict[str, Any]:
-    """Run every stage that is not done yet, say where the results lie, and return what each has made and taken.
+def run_demo(path: Path, overrides: Sequence[str] = (), *, fast: bool = False) -> Painted:
+    """Run every stage that is not done yet; return where the results lie and what each stage has made and taken.
 
     Raises:
         ConfigError: when the config is wrong, or the run folder was made with other settings.
@@ -165,8 +173,7 @@ def run_demo(path: Path, overrides: Sequence[str] = (), *, fast: bool = False) -
         digest = stage.run(demo)
         done[stage.name] = {"digest": digest, "seconds": round(time.monotonic() - started, 1)}
         write_json(_record(demo), {"config": _config_digest(config), "stages": done})
-    logger.info("%s", _closing_words(demo, done))
-    return {"run": paths.root, "stages": done}
+    return Painted(_closing_words(demo, done), {"run": paths.root, "stages": done})
 
 
 def _record(demo: Demo) -> Path:

@@ -31,7 +31,8 @@ def demo(
     given = arguments or []
     named = given[:1] if given and "=" not in given[0] else []
     answer_alone()
-    return Answer("", run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast))
+    painted = run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast)
+    return Answer(painted.words, painted.facts)
 
 
 @long_verb(app)

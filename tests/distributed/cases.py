@@ -212,6 +212,7 @@ def run_with_stop_file(world: World, root: str, name: str, **sections: Any) -> d
     if world.is_first:
         paths.root.mkdir()
         paths.stop_file.touch()
+    world.sum([1.0])  # The other ranks would make the run's folder themselves.
     return run(world, root, name, **sections) | {"file_left": paths.stop_file.exists()}
 
 

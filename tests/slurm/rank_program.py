@@ -43,6 +43,9 @@ def befall(fault: str) -> None:
         library.pthread_mutex_lock(mutex)
     elif fault == "slow":
         time.sleep(4 * STEP_SECONDS)
+    elif fault == "wait":
+        while not asked:
+            time.sleep(STEP_SECONDS)
     else:
         sys.exit(int(fault))
 

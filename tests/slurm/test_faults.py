@@ -98,19 +98,23 @@ def test_what_would_fail_again_is_not_started_again(cluster: Cluster, tmp_path: 
 def test_the_warning_before_the_time_limit_is_a_stop_a_requeue_and_no_step_lost(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Slurm's own warning: 50 s before the end of a minute."""
-    said, site = tmp_path / "said.txt", {"time": "0:01:00", "signal_lead_seconds": 50}
-    job = SmallJob.submit(cluster, tmp_path, steps=120, site=site, health={"on_event": teller(said)})
-    until(lambda: job.history, 60, "the warning")
-    shown, restarts = job.end(), len(job.history) - 1
+    """Slurm's own warning: 40 s before the end of a minute, or at the next of its looks at the clock, half a minute apart."""
+    said, site, total = tmp_path / "said.txt", {"time": "0:01:00", "signal_lead_seconds": 40}, 100
+    # A slow machine's first start may be warned before step 12; then it is the next one that waits there.
+    plan, health = {str(start): [0, 12, "wait"] for start in range(9)}, {"hang_seconds": 60.0}
+    job = SmallJob.submit(
+        cluster, tmp_path, steps=total, plan=plan, site=site, health={"on_event": teller(said), **health}
+    )
+    until(lambda: job.history, 90, "the warning")
+    shown, restarts = job.end(seconds=200), len(job.history) - 1
     assert shown["Restarts"] == str(restarts), job.log
-    assert outcomes(job) == ["stopped"] * restarts + ["done"] and restarts in (1, 2), job.log
+    assert outcomes(job) == ["stopped"] * restarts + ["done"] and restarts >= 1, job.log
     assert said.read_text().split() == ["requeued"] * restarts + ["done"]
-    fault = max(row["time"] for row in job.steps() if row["attempt"] == job.history[0].attempt)
+    steps = job.steps()
+    fault = max(row["time"] for row in steps if row["attempt"] == steps[0]["attempt"])
     lost, _ = job.price("warning before the time limit", fault)
     assert lost == 0
-    steps = [row["step"] for row in job.steps()]
-    assert steps == list(range(1, 121)), "no step was left out or done twice"
+    assert [row["step"] for row in steps] == list(range(1, total + 1)), "no step was left out or done twice"
 
 
 def test_where_requeue_is_forbidden_a_new_job_follows_once(cluster: Cluster, tmp_path: Path) -> None:
