@@ -23,6 +23,7 @@ from pipeline.evaluation.run import evaluate_run
 from pipeline.export import export_pipeline
 from pipeline.first_stage.autoencoder import train_autoencoder
 from pipeline.first_stage.clip import train_clip
+from pipeline.gallery.gallery import make_gallery
 from pipeline.paths import RunPaths
 from pipeline.publish import file_digest, folder_digest, json_digest, write_bytes, write_json
 from pipeline.sample import sample_grid
@@ -37,6 +38,7 @@ from preprocessing.work import encode_dataset
 
 logger = logging.getLogger(__name__)
 
+GALLERY_PROMPTS = 4
 FAST = (
     "name=demo-fast",
     "first_stage.autoencoder.steps=40",
@@ -134,7 +136,9 @@ def _evaluate(demo: Demo) -> str:
 
 
 def _sample(demo: Demo) -> str:
-    return file_digest(sample_grid(demo.paths, demo.config))
+    grid = sample_grid(demo.paths, demo.config)
+    make_gallery(demo.paths, demo.config, prompts_at_most=GALLERY_PROMPTS)
+    return file_digest(grid)
 
 
 def _export(demo: Demo) -> str:
@@ -210,6 +214,7 @@ def _closing_words(demo: Demo, done: dict[str, dict]) -> str:
             f"took       {seconds}",
             f"loss       {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end of {config.train.steps} steps",
             f"grid       {grid}",
+            f"gallery    {paths.gallery / grid.stem / 'index.html'}",
             f"report     {paths.latents / 'report.html'}",
             f"pipeline   {paths.export}  (StableDiffusionPipeline.from_pretrained)",
             f"curves     {mlflow} ui --backend-store-uri sqlite:///{config.runs}/mlflow.db",

@@ -10,7 +10,7 @@ Shape letters: B pictures, C latent channels, H W latent sides, N pictures in al
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +40,8 @@ from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint,
 
 logger = logging.getLogger(__name__)
 
+Watch = Callable[[float, Tensor, Tensor], None]
+"""Told of each step: its time, what the network was given, and its guided prediction."""
 Weights = str
 """A name of weights: "raw", "ema", what else the checkpoint holds, or what `ldm ema` has made."""
 PICTURES_AT_ONCE = 16
@@ -186,12 +188,24 @@ class Generator:
         return [torch.Generator().manual_seed(draws.picture_seed(seed, k)) for k in pictures]
 
     def images(
-        self, prompts: Sequence[str], noise_BCHW: Tensor, sample: SampleConfig, generators: Generators = ()
+        self,
+        prompts: Sequence[str],
+        noise_BCHW: Tensor,
+        sample: SampleConfig,
+        generators: Generators = (),
+        watch: Watch | None = None,
     ) -> Tensor:
         """Return images in [-1, 1], float32 [B, 3, height, width], for prompts and the noise they begin with."""
-        latents_BCHW = self.denoise(noise_BCHW, self.text(prompts), sample, generators)
+        return self.decoded(self.denoise(noise_BCHW, self.text(prompts), sample, generators, watch))
+
+    def decoded(self, latents_BCHW: Tensor) -> Tensor:
+        """Return scaled latents as images in [-1, 1], float32 [B, 3, height, width]."""
         encoder = self.autoencoder
         return encoder.decode(unscale_latents(latents_BCHW, encoder.scaling_factor, encoder.shift_factor))
+
+    def under(self, trained: TrainedNetwork) -> "Generator":
+        """Return the generator with another network of the same run."""
+        return Generator(trained, self.autoencoder, self.text_encoder)
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text of prompts on the device, its pooled part for SDXL alone; a prompt that is cut is said."""
@@ -207,7 +221,12 @@ class Generator:
 
     @torch.no_grad()
     def denoise(
-        self, noise_BCHW: Tensor, text: Conditioning, sample: SampleConfig, generators: Generators = ()
+        self,
+        noise_BCHW: Tensor,
+        text: Conditioning,
+        sample: SampleConfig,
+        generators: Generators = (),
+        watch: Watch | None = None,
     ) -> Tensor:
         """Return scaled latents, float32 [B, C, H, W], sampled under classifier-free guidance.
 
@@ -219,7 +238,9 @@ class Generator:
         towards, away = (self._sized(part, noise_BCHW) for part in (text, away.expanded(len(noise_BCHW))))
         network = GuidedNetwork(denoiser, towards, away, sample)
         with text_remembered(denoiser):
-            return paint_latents(network, noise_BCHW, self.trained.config.objective, sample, generators)
+            return paint_latents(
+                network, noise_BCHW, self.trained.config.objective, sample, generators, watch
+            )
 
     def _sized(self, text: Conditioning, noise_BCHW: Tensor) -> Conditioning:
         """Return the text with what SDXL is told of the picture: all of an original of the size that is painted."""
@@ -294,6 +315,7 @@ def paint_latents(
     objective: ObjectiveConfig,
     sample: SampleConfig,
     generators: Generators = (),
+    watch: Watch | None = None,
 ) -> Tensor:
     """Return scaled latents, float32 [B, C, H, W]: the schedule of `objective` run backwards from the noise."""
     height, width = noise_BCHW.shape[2:]
@@ -303,6 +325,8 @@ def paint_latents(
     for time in times:
         scaled_BCHW = sampler.scale_model_input(z_BCHW, time)
         predicted_BCHW = network(scaled_BCHW, time, float(time) / objective.timesteps)
+        if watch is not None:
+            watch(float(time), scaled_BCHW, predicted_BCHW)
         z_BCHW = step_back(sampler, predicted_BCHW, time, z_BCHW, generators)
     return z_BCHW
 

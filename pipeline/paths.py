@@ -106,6 +106,11 @@ class RunPaths:
         return self.root / "samples"
 
     @property
+    def gallery(self) -> Path:
+        """Folder of the galleries `step-XXXXXXXX/`."""
+        return self.root / "gallery"
+
+    @property
     def averages(self) -> Path:
         """Folder of the snapshots `step-XXXXXXXX/` that `ldm ema` makes averages of; never thinned out."""
         return self.root / "averages"

@@ -61,6 +61,7 @@ PIPELINE_FLOORS = {
     "pipeline.import_pipeline": 8,
     "pipeline.first_stage": 8,
     "pipeline.training.train": 9,
+    "pipeline.gallery": 9,
 }
 PREPROCESSING_SEES_UP_TO = 4
 PREPROCESSING_FLOOR = 10

@@ -109,6 +109,28 @@ def sample(
 
 
 @long_verb(app)
+def gallery(
+    run: RunPath,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(min=1, help="painted, the first of sample.prompts")] = 6,
+    scales: Annotated[
+        str, typer.Option(metavar="LIST", help="guidance scales of the sweep")
+    ] = "1,2,3,5,8,12",
+) -> Answer:
+    """Show what the network does: how it learned, raw beside EMA, guidance, from noise to picture, where it looks.
+
+    Writes RUN/gallery/step-XXXXXXXX: five sheets of the same prompts and noise, and a page that shows them.
+
+    Example: ldm gallery runs/demo --prompts 4 'sample.prompts=[a red apple, a green apple]'
+    """
+    config, paths = of_run(run, overrides)
+    from pipeline.gallery.gallery import guidance_scales, make_gallery
+
+    page = make_gallery(paths, config, prompts_at_most=prompts, scales=guidance_scales(scales))
+    return Answer(str(page), {"page": page})
+
+
+@long_verb(app)
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, e.g. runs/a runs/b")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="the page to write")] = Path("compare.html"),

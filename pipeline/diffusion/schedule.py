@@ -96,6 +96,13 @@ class Schedule:
         """Return (alpha_t, sigma_t) as float32 [B] for integer timesteps [B] on the schedule's device."""
         return self.alpha[timesteps_B], self.sigma[timesteps_B]
 
+    def at(self, time: float) -> tuple[float, float]:
+        """Return (alpha, sigma) at a time as the network is told it: a whole timestep, or any of a flow's."""
+        if self.objective.prediction == "flow":
+            sigma = time / self.objective.timesteps
+            return 1.0 - sigma, sigma
+        return float(self.alpha[int(time)]), float(self.sigma[int(time)])
+
     def snr(self) -> Tensor:
         """Return the signal-to-noise ratio alpha_t^2 / sigma_t^2, float64 [T]; 0 at the end of zero terminal SNR."""
         sigma2 = (

@@ -28,6 +28,7 @@ from pipeline.models.text_models import (
     Precision,
     TextParts,
     Tokens,
+    Word,
     clip_tokens,
     load_text_parts,
     quiet_transformers,
@@ -105,6 +106,10 @@ class FrozenTextEncoder:
         before the end token.
         """
         return self._words.rows(captions)
+
+    def words(self, caption: str) -> list[Word]:
+        """Return the caption's words in order, with the places of their tokens in its row of `tokenize`."""
+        return self._words.words(caption)
 
     def encode(self, tokens_BL: Tensor) -> Tensor:
         """Return text states [B, L, D], fp32: of the last layer after the final norm, or of the one before.

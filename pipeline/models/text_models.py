@@ -4,6 +4,7 @@ CLIP checkpoints name the text tower's tensors with or without the prefix `text_
 the attribute); both load. Shape letters: B batch, L tokens, D width, P width of projected text.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ class TextParts:
     tokenizer: Any
     projection: Tensor | None
     is_clip: bool
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a caption, as spaces part them, and which of the row's tokens it has become; none if it was cut."""
+
+    text: str
+    positions: list[int]
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,26 @@ class Tokens:
         uncut = self.tokenizer(list(captions), verbose=False)["input_ids"]
         rows = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.length)
         return torch.tensor(rows["input_ids"]), torch.tensor([len(row) > self.length for row in uncut])
+
+    def words(self, caption: str) -> list[Word]:
+        """Return the caption's words in order, with the places of their tokens in its row."""
+        found = [
+            (match.start(), match.end(), Word(match.group(), [])) for match in re.finditer(r"\S+", caption)
+        ]
+        # As `rows` does it: CLIP's start and end are put around; other tokenizers put their own, of no length.
+        room, first = (self.length - 2, 1) if self.is_clip else (self.length, 0)
+        tokens = self.tokenizer(
+            caption,
+            add_special_tokens=not self.is_clip,
+            truncation=True,
+            max_length=room,
+            return_offsets_mapping=True,
+        )
+        for place, (start, end) in enumerate(tokens["offset_mapping"], first):
+            for begin, finish, word in found:
+                if start < finish and end > begin:
+                    word.positions.append(place)
+        return [word for _, _, word in found]
 
 
 def clip_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.config import EncodeConfig
 from pipeline.errors import ConfigError
 from pipeline.models.text_encoder import FrozenTextEncoder, text_encoder_digest
-from pipeline.models.text_models import Precision
+from pipeline.models.text_models import Precision, Word
 from pipeline.publish import json_digest
 
 
@@ -48,6 +48,10 @@ class TextEncoderPair:
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the first encoder's tokens int64 [B, L] and whether each caption was cut, bool [B]."""
         return self._first.tokenize(captions)
+
+    def words(self, caption: str) -> list[Word]:
+        """Return the caption's words in order, with the places of their tokens in its row of `tokenize`."""
+        return self._first.words(caption)
 
     def encode(self, tokens_BL: Tensor) -> Tensor:
         """Return the states of both side by side [B, L, D1 + D2], fp32."""

@@ -18,11 +18,11 @@ from pipeline.training.train import TrainResult
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = (
-    "demo init check plan doctor train-autoencoder train-clip encode finalize verify report train evaluate sample export submit "
-    "sync status"
+    "demo init check plan doctor train-autoencoder train-clip encode finalize verify report train evaluate sample gallery export "
+    "submit sync status"
 ).split()
 LONG_VERBS = (
-    "demo init train-autoencoder train-clip encode finalize verify report train evaluate sample export ema import sync"
+    "demo init train-autoencoder train-clip encode finalize verify report train evaluate sample gallery export ema import sync"
 ).split()
 
 

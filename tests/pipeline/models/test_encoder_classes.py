@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertModel,
@@ -230,6 +231,11 @@ def word_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerFast:
     vocabulary = {word: place for place, word in enumerate([*special.values(), "<unk>", *words])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
+    if "cls_token" in special:
+        ends = [(special[name], vocabulary[special[name]]) for name in ("cls_token", "sep_token")]
+        backend.post_processor = TemplateProcessing(
+            single=f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -247,6 +253,12 @@ def test_a_t5_encoder_with_its_mask(tmp_path: Path) -> None:
     frozen = FrozenTextEncoder.load(tmp_path, max_tokens=6)
     tokens, truncated = frozen.tokenize(["a red square", "a red a red a red a red"])
     assert tokens.shape == (2, 6) and truncated.tolist() == [False, True] and frozen.width == 16
+    assert [(word.text, word.positions) for word in frozen.words("a red square")] == [
+        ("a", [0]),
+        ("red", [1]),
+        ("square", [2]),
+    ]
+    assert sum(len(word.positions) for word in frozen.words("a red a red a red a red")) == 6, "a row"
     given = tokenizer(["a red square"], padding="max_length", max_length=6, return_tensors="pt")
     with torch.no_grad():
         expected = model(given.input_ids, attention_mask=given.attention_mask).last_hidden_state
@@ -266,6 +278,7 @@ def test_a_bert_without_its_pooler(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(tmp_path, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     frozen = FrozenTextEncoder.load(tmp_path, max_tokens=8)
     tokens, _ = frozen.tokenize(["a red square"])
+    assert [word.positions for word in frozen.words("a red square")] == [[1], [2], [3]]
     mask = (tokens != tokenizer.pad_token_id).long()
     with torch.no_grad():
         expected = model(tokens, attention_mask=mask).last_hidden_state

@@ -97,6 +97,20 @@ def test_a_caption_that_just_fits_is_not_truncated(folders: tuple[Path, Path]) -
     assert frozen.tokenize([])[0].shape == (0, 12)
 
 
+def test_words_and_where_their_tokens_are(tokenizer: CLIPTokenizer, folders: tuple[Path, Path]) -> None:
+    frozen = FrozenTextEncoder.load(folders[1])
+    caption = " A red  square, xyzzy 1 2 3 4 5 6"
+    tokens, words = frozen.tokenize([caption])[0][0].tolist(), frozen.words(caption)
+    assert [word.text for word in words] == caption.split()
+    places = [place for word in words for place in word.positions]
+    assert places == list(range(1, 11)), "each token between start and end belongs to one word"
+    for word in words[:3]:
+        spelled = "".join(tokenizer.convert_ids_to_tokens([tokens[place] for place in word.positions]))
+        assert spelled.replace("</w>", "") == word.text.lower()
+    assert words[-1].positions == [], "what was cut has no token"
+    assert frozen.words("") == []
+
+
 def test_empty_caption_is_start_then_ends(tokenizer: CLIPTokenizer, folders: tuple[Path, Path]) -> None:
     tokens, truncated = FrozenTextEncoder.load(folders[1]).tokenize([""])
     end = len(tokenizer) - 1
