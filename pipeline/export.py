@@ -20,12 +20,13 @@ from pipeline import publish
 from pipeline.config import RunConfig
 from pipeline.diffusion.samplers import Sampler, make_sampler
 from pipeline.errors import ConfigError, DataError
-from pipeline.generate import Generator, Weights, encoder_folders
+from pipeline.generate import Generator
 from pipeline.models.model_folder import open_model_folder, read_json
 from pipeline.models.unet import UNet
 from pipeline.models.unet_folder import refuse_other_weights, save_unet
-from pipeline.paths import RunPaths
+from pipeline.paths import RunPaths, autoencoder_folder, text_encoder_folder
 from pipeline.tracking import open_records
+from pipeline.trained_network import Weights
 
 VAE_STEM = "diffusion_pytorch_model"
 TEXT_STEM = "model"
@@ -75,7 +76,8 @@ def export_pipeline(paths: RunPaths, config: RunConfig, *, weights: Weights = "e
     """
     generator = Generator.load(paths, weights, "cpu")
     trained = generator.trained
-    autoencoder, text_encoder = encoder_folders(trained.config, paths)
+    autoencoder = autoencoder_folder(trained.config, paths)
+    text_encoder = text_encoder_folder(trained.config, paths)
     second = trained.config.encode.text_encoder_2
     _refuse_other_layer(trained.config.encode.text_layer, "penultimate" if second else "last")
     parts = Parts(

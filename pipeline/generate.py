@@ -7,20 +7,18 @@ that the weights were trained with.
 Shape letters: B pictures, C latent channels, H W latent sides, N pictures in all.
 """
 
-import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.average import made_weights
-from pipeline.config import ObjectiveConfig, RunConfig, SampleConfig
+from pipeline.config import ObjectiveConfig, SampleConfig
 from pipeline.data.changes import data_digest
 from pipeline.data.sets import known_datasets
 from pipeline.diffusion import draws
@@ -28,95 +26,22 @@ from pipeline.diffusion.conditioning import Conditioning
 from pipeline.diffusion.guidance import GuidedNetwork
 from pipeline.diffusion.posterior import unscale_latents
 from pipeline.diffusion.samplers import Generators, make_sampler, sampling_timesteps, step_back
-from pipeline.errors import CheckpointError, DataError
+from pipeline.errors import DataError
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.pixels import pixels_from_images
 from pipeline.models.text_memory import text_remembered
 from pipeline.models.text_pair import TextEncoder, load_text_encoder
-from pipeline.models.unet import UNet
-from pipeline.paths import RunPaths
-from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint, read_manifest
+from pipeline.paths import RunPaths, autoencoder_folder, text_encoder_folder
+from pipeline.trained_network import TrainedNetwork, Weights
 
 logger = logging.getLogger(__name__)
 
 Watch = Callable[[float, Tensor, Tensor], None]
 """Told of each step: its time, what the network was given, and its guided prediction."""
-Weights = str
-"""A name of weights: "raw", "ema", what else the checkpoint holds, or what `ldm ema` has made."""
 PICTURES_AT_ONCE = 16
 # Share of the largest null state by which ours may differ from the stored one: fp16 storage, other devices.
 NULL_TOLERANCE = {"fp32": 0.005, "bf16": 0.05}
-
-
-@dataclass(frozen=True)
-class TrainedNetwork:
-    """The denoiser as one checkpoint holds it, and where it comes from."""
-
-    network: UNet
-    config: RunConfig
-    """The config that the checkpoint was trained with."""
-    weights: Weights
-    checkpoint: Path
-    step: int
-    samples: int
-    """Training samples consumed."""
-    data_digest: str
-
-    @classmethod
-    def load(cls, checkpoint: Path, weights: Weights, device: torch.device | str) -> Self:
-        """Return the network of a verified checkpoint in eval mode, float32 on `device`.
-
-        Raises:
-            CheckpointError: when its weights do not fit the model that its own config describes.
-            ConfigError: when it holds no such weights.
-        """
-        state = load_weights(checkpoint, weights, verified=True)
-        return cls._of(checkpoint, read_manifest(checkpoint), state, weights, device)
-
-    @classmethod
-    def each(cls, run: RunPaths, kinds: Sequence[Weights], device: torch.device | str) -> Iterator[Self]:
-        """Yield the run's network under each of `kinds`: what `ldm ema` has made by that name, or else of its newest
-        checkpoint whose every byte is right.
-
-        Raises:
-            CheckpointError: when there is no checkpoint, or weights are damaged or do not fit.
-            ConfigError: when there are no such weights.
-        """
-        checkpoint = newest_checkpoint(run.checkpoints)
-        for weights in kinds:
-            made = run.weights / Path(weights).name
-            if made.name == weights and made.is_dir():
-                yield cls._of(made, *made_weights(made), weights, device)
-            else:
-                yield cls.load(checkpoint, weights, device)
-
-    @classmethod
-    def _of(
-        cls,
-        checkpoint: Path,
-        manifest: Mapping[str, Any],
-        state: Mapping[str, Tensor],
-        weights: Weights,
-        device: torch.device | str,
-    ) -> Self:
-        config = RunConfig.model_validate_json(json.dumps(manifest["config"]))
-        network = UNet(config.model)
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            said = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"{checkpoint}: its {weights} weights do not fit its config: {said}"
-            ) from None
-        network.to(device).eval().requires_grad_(False)
-        step, samples, data_digest = (manifest[name] for name in ("step", "samples", "data_digest"))
-        return cls(network, config, weights, checkpoint, step, samples, data_digest)
-
-    @classmethod
-    def newest(cls, run: RunPaths, weights: Weights, device: torch.device | str) -> Self:
-        """Return the only network of `each`. Raises what `each` raises."""
-        return next(cls.each(run, [weights], device))
 
 
 class Generator:
@@ -138,13 +63,21 @@ class Generator:
             DataError: when the encoders are not those that made the data it was trained on.
         """
         device = default_device() if device is None else device
-        trained = TrainedNetwork.newest(run, weights, device)
-        autoencoder_folder, text_encoder_folder = encoder_folders(trained.config, run)
+        return cls.of_run(TrainedNetwork.newest(run, weights, device), run, device)
+
+    @classmethod
+    def of_run(cls, trained: TrainedNetwork, run: RunPaths, device: torch.device | str) -> Self:
+        """Return the generator of a network of `run`, with the encoders that its config names.
+
+        Raises:
+            DataError: when the encoders are not those that made the data it was trained on.
+        """
+        config = trained.config
         generator = cls(
             trained,
-            FrozenAutoencoder.load(autoencoder_folder, device),
+            FrozenAutoencoder.load(autoencoder_folder(config, run), device),
             # Text states in the precision that the network was trained on.
-            load_text_encoder(trained.config.encode, text_encoder_folder, device),
+            load_text_encoder(config.encode, text_encoder_folder(config, run), device),
         )
         generator.refuse_mismatch(run)
         return generator
@@ -334,15 +267,6 @@ def paint_latents(
 def default_device() -> torch.device:
     """Return the GPU if torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def encoder_folders(config: RunConfig, run: RunPaths) -> tuple[Path, Path]:
-    """Return the folders of the frozen autoencoder and text encoder: the config's, or those trained in the run."""
-    autoencoder, text_encoder = config.encode.autoencoder, config.encode.text_encoder
-    return (
-        Path(autoencoder) if autoencoder else run.autoencoder,
-        Path(text_encoder) if text_encoder else run.text_encoder,
-    )
 
 
 def refuse_differences(dataset: Path | str, fields: dict[str, tuple[str | float, str | float]]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import generate, publish
+from pipeline import publish, trained_network
 from pipeline.config import AutoencoderConfig, ClipConfig, RunConfig
 from pipeline.latents.manifest import SEGMENTS_NAME, SHARDS_NAME, Manifest
 from pipeline.latents.record import (
@@ -202,17 +202,17 @@ class TinyRun:
         return self.paths.checkpoints / f"step-{self.step:08d}"
 
     def pretend_checkpoint(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let `pipeline.generate` find the checkpoint without a file."""
+        """Let `pipeline.trained_network` find the checkpoint without a file."""
         facts = {
             "config": json.loads(self.config.model_dump_json()),
             "step": self.step,
             "samples": 4 * self.step,
             "data_digest": self.manifest.digest,
         }
-        monkeypatch.setattr(generate, "newest_checkpoint", lambda checkpoints: self.checkpoint)
-        monkeypatch.setattr(generate, "read_manifest", lambda checkpoint: facts)
+        monkeypatch.setattr(trained_network, "newest_checkpoint", lambda checkpoints: self.checkpoint)
+        monkeypatch.setattr(trained_network, "read_manifest", lambda checkpoint: facts)
         monkeypatch.setattr(
-            generate, "load_weights", lambda checkpoint, which, *, verified: self.weights[which]
+            trained_network, "load_weights", lambda checkpoint, which, *, verified: self.weights[which]
         )
 
     def with_config(self, **sections: Any) -> "TinyRun":

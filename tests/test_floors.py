@@ -54,6 +54,7 @@ PIPELINE_FLOORS = {
     "pipeline.training.averages.turns": 2,
     "pipeline.training.midway": 9,
     "pipeline.average": 7,
+    "pipeline.trained_network": 7,
     "pipeline.generate": 7,
     "pipeline.evaluation": 8,
     "pipeline.sample": 8,

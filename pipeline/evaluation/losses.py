@@ -23,11 +23,12 @@ from pipeline.diffusion.objective import Network, denoising_loss
 from pipeline.diffusion.posterior import scale_latents, split_moments
 from pipeline.diffusion.schedule import Schedule
 from pipeline.evaluation.together import in_turns
-from pipeline.generate import TrainedNetwork, encoder_folders, refuse_differences
+from pipeline.generate import refuse_differences
 from pipeline.latents.record import LatentSample
 from pipeline.models.text_pair import TextEncoder, load_text_encoder
-from pipeline.paths import RunPaths
+from pipeline.paths import RunPaths, text_encoder_folder
 from pipeline.progress import Progress
+from pipeline.trained_network import TrainedNetwork
 from pipeline.training.world import World
 
 # One for all runs: their validation losses can be compared.
@@ -181,7 +182,7 @@ def validation_text_encoder(
     """
     if dataset.spec.text == "embeddings":
         return None
-    folder = encoder_folders(config, paths)[1]
+    folder = text_encoder_folder(config, paths)
     encoder = load_text_encoder(config.encode, folder, device)
     refuse_differences(
         dataset.where, {"encoder.text_encoder": (dataset.encoder["text_encoder"], encoder.digest)}

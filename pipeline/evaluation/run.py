@@ -22,19 +22,11 @@ from pipeline.evaluation.losses import (
 )
 from pipeline.evaluation.pictures import PictureMetrics, picture_values
 from pipeline.evaluation.together import agreed, from_first
-from pipeline.generate import (
-    Generator,
-    TrainedNetwork,
-    Weights,
-    default_device,
-    encoder_folders,
-    refuse_differences,
-)
-from pipeline.models.autoencoder import FrozenAutoencoder
-from pipeline.models.text_pair import load_text_encoder
+from pipeline.generate import Generator, default_device, refuse_differences
 from pipeline.paths import RunPaths
 from pipeline.progress import Progress, progress_bar
 from pipeline.tracking import open_records
+from pipeline.trained_network import TrainedNetwork, Weights
 from pipeline.training.world import World
 
 KINDS: tuple[Weights, ...] = ("raw", "ema")
@@ -72,7 +64,7 @@ def evaluate_run(
         _refuse_non_finite(losses_NT, network)
         result[network.weights] = summary(losses_NT)
         if metrics is not None and network.weights == painting:
-            generator = agreed(world, lambda network=network: _generator(network, paths, world))  # type: ignore[misc]
+            generator = agreed(world, lambda network=network: Generator.of_run(network, paths, world.device))  # type: ignore[misc]
             count = min(config.evaluate.pictures, len(dataset))
             with _progress(world, count, f"paint {network.weights}", "picture") as progress:
                 result["pictures"] = metrics.measure(generator, dataset, progress)
@@ -113,17 +105,6 @@ def _agreed_each(networks: Iterator[TrainedNetwork], count: int, world: World) -
 
 def _progress(world: World, total: int, label: str, unit: str) -> AbstractContextManager[Progress]:
     return progress_bar(total, label, unit=unit) if world.is_first else nullcontext(Progress(total))
-
-
-def _generator(network: TrainedNetwork, paths: RunPaths, world: World) -> Generator:
-    autoencoder, text_encoder = encoder_folders(network.config, paths)
-    generator = Generator(
-        network,
-        FrozenAutoencoder.load(autoencoder, world.device),
-        load_text_encoder(network.config.encode, text_encoder, world.device),
-    )
-    generator.refuse_mismatch(paths)
-    return generator
 
 
 def _validation_split(trained: TrainedNetwork, paths: RunPaths) -> HeldOut:

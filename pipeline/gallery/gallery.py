@@ -10,11 +10,12 @@ from pipeline.errors import ConfigError
 from pipeline.gallery.learning import learning_sheet
 from pipeline.gallery.paintings import SCALES, attention_sheet, guidance_sheet, weights_sheet, x0_sheet
 from pipeline.gallery.sheet import Sheet, draw_sheet, gallery_page
-from pipeline.generate import Generator, TrainedNetwork
+from pipeline.generate import Generator
 from pipeline.paths import RunPaths
 from pipeline.progress import progress_bar
 from pipeline.sample import chosen_prompts, grid_record
 from pipeline.tracking import open_records
+from pipeline.trained_network import TrainedNetwork
 
 SHEETS = 5
 PAGE, RECORD = "index.html", "gallery.json"

@@ -1,7 +1,7 @@
 """Who carries records from a run folder to MLflow, and where to; MLflow itself is reached lazily."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import RunConfig
@@ -17,16 +17,22 @@ WATCHED = ("train", "autoencoder", "clip", "features")
 
 
 def open_records(
-    paths: RunPaths, config: RunConfig, *, kind: str, attempt: str, resumed_step: int = 0
+    paths: RunPaths,
+    config: RunConfig,
+    *,
+    kind: str,
+    attempt: str,
+    resumed_step: int = 0,
+    hosts: Sequence[str] = (),
 ) -> Records:
     """Return the open records of one attempt at `kind` of work: "train", "autoencoder", "clip", "encode", ...
 
     `resumed_step` is the step of the checkpoint that the attempt starts from: later readers then know which
-    records of earlier attempts it replaces.
+    records of earlier attempts it replaces. `hosts` names the host of each process that works on it.
     """
     if run_of(kind) == kind:
         starts = Lines(paths.starts)
-        starts.add(start_facts(paths, config, kind, attempt, resumed_step))
+        starts.add(start_facts(paths, config, kind, attempt, resumed_step, hosts))
         starts.close()
     return Records(
         paths.metrics,

@@ -51,6 +51,8 @@ def start_tags(starts: list[dict[str, Any]]) -> dict[str, str]:
     told = {"host": last.get("host"), "attempt": last.get("attempt"), "starts": len(starts)}
     told |= {f"env.{name}": value for name, value in (last.get("environment") or {}).items()}
     told |= {f"version.{name}": value for name, value in (last.get("versions") or {}).items()}
+    hosts = last.get("hosts") or []
+    told |= {"hosts": " ".join(hosts) or None, "processes": last.get("processes")}
     code = last.get("code") or {}
     told |= {"code.commit": code.get("commit"), "code.diff_lines": code.get("diff_lines")}
     told |= {"code.changed_files": len(code.get("changed", []))}

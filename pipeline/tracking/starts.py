@@ -9,7 +9,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,12 @@ ALLOWED_ENVIRONMENT = (
 
 
 def start_facts(
-    paths: RunPaths, config: RunConfig, kind: str, attempt: str, resumed_step: int
+    paths: RunPaths,
+    config: RunConfig,
+    kind: str,
+    attempt: str,
+    resumed_step: int,
+    hosts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what is told of one start, without secrets."""
     facts: dict[str, Any] = {
@@ -53,6 +58,8 @@ def start_facts(
         "attempt": attempt,
         "host": socket.gethostname(),
     }
+    if hosts:
+        facts |= {"hosts": sorted(set(hosts)), "processes": len(hosts)}
     facts |= {"resumed_step": resumed_step, "versions": versions(), "code": commit_of(code_root())}
     facts["environment"] = {name: os.environ[name] for name in ALLOWED_ENVIRONMENT if name in os.environ}
     if kind == "train":

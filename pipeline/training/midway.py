@@ -28,15 +28,15 @@ from pipeline.evaluation.losses import Evaluator, evaluation_timesteps, summary,
 from pipeline.evaluation.pictures import PictureMetrics
 from pipeline.evaluation.run import KINDS, described, result_values
 from pipeline.evaluation.together import agreed
-from pipeline.generate import Generator, TrainedNetwork, encoder_folders
-from pipeline.models.autoencoder import FrozenAutoencoder
-from pipeline.models.text_pair import TextEncoder, load_text_encoder
+from pipeline.generate import Generator
+from pipeline.models.text_pair import TextEncoder
 from pipeline.models.unet import UNet
 from pipeline.paths import RunPaths
 from pipeline.progress import Progress
 from pipeline.publish import write_json
 from pipeline.sample import chosen_prompts, grid_record, publish_grid
 from pipeline.tracking import Records
+from pipeline.trained_network import TrainedNetwork
 from pipeline.training.averages.ema import Ema
 from pipeline.training.averages.swap import RAW, weights_of
 from pipeline.training.averages.turns import Share
@@ -162,15 +162,7 @@ class Midway:
 
     def _open_generator(self) -> Generator:
         """Return the generator of the network in training; its step is set when it paints."""
-        autoencoder, text_encoder = encoder_folders(self._config, self._paths)
-        device = self._world.device
-        generator = Generator(
-            self._trained(),
-            FrozenAutoencoder.load(autoencoder, device),
-            load_text_encoder(self._config.encode, text_encoder, device),
-        )
-        generator.refuse_mismatch(self._paths)
-        return generator
+        return Generator.of_run(self._trained(), self._paths, self._world.device)
 
     def _trained(self) -> TrainedNetwork:
         """Return the network in training as evaluation and sampling see it, at no step."""

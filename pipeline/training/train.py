@@ -7,6 +7,7 @@ killed and resumed run is the uninterrupted one bit for bit, and no random state
 
 import logging
 import math
+import socket
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -319,9 +320,10 @@ def _result(run: Run, stop: Stop) -> TrainResult:
 def _open_records(
     config: RunConfig, paths: RunPaths, world: World, attempt: str, resumed_step: int
 ) -> Records:
+    hosts = world.gather(socket.gethostname())
     if not world.is_first:
         return NoRecords()
-    return open_records(paths, config, kind="train", attempt=attempt, resumed_step=resumed_step)
+    return open_records(paths, config, kind="train", attempt=attempt, resumed_step=resumed_step, hosts=hosts)
 
 
 def _open_progress(config: RunConfig, world: World, done: int) -> AbstractContextManager[Progress]:

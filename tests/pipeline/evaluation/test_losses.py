@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import generate
+from pipeline import trained_network
 from pipeline.config import ObjectiveConfig
 from pipeline.data.changes import data_digest
 from pipeline.data.held_out import HeldOut
@@ -23,12 +23,13 @@ from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import DataError, DivergedError
 from pipeline.evaluation.losses import Evaluator, evaluation_timesteps, summary, validation_noise
 from pipeline.evaluation.run import evaluate_run
-from pipeline.generate import Generator, TrainedNetwork
+from pipeline.generate import Generator
 from pipeline.latents.reader import LatentDataset
 from pipeline.models.text_encoder import FrozenTextEncoder
 from pipeline.progress import Progress
 from pipeline.sample import chosen_prompts
 from pipeline.tracking import read_records
+from pipeline.trained_network import TrainedNetwork
 from tests.builders import TinyRun, tiny_dataset, tiny_run
 
 TIMESTEPS = [62, 500, 937]
@@ -274,10 +275,12 @@ def test_a_mixture_with_another_weight_is_not_what_was_trained_on(
     tiny_dataset(tmp_path / "other", run.paths.autoencoder, run.paths.text_encoder, count=9, validation=4)
     folders = (str(run.paths.latents), str(tmp_path / "other"))
     trained_on(run, monkeypatch, mix=[{"dataset": folder} for folder in folders])
-    plain = generate.read_manifest
+    plain = trained_network.read_manifest
     heavier = [{"dataset": folder, "weight": 1.0 + n} for n, folder in enumerate(folders)]
     config = json.loads(run.with_config(data={"mix": heavier}).config.model_dump_json())
-    monkeypatch.setattr(generate, "read_manifest", lambda checkpoint: plain(checkpoint) | {"config": config})
+    monkeypatch.setattr(
+        trained_network, "read_manifest", lambda checkpoint: plain(checkpoint) | {"config": config}
+    )
     with pytest.raises(DataError, match="digest is"):
         evaluate_run(run.paths, run.config, ["ema"])
     with pytest.raises(DataError, match="digest is"):

@@ -14,8 +14,9 @@ from pipeline.errors import ConfigError
 from pipeline.gallery.gallery import guidance_scales, make_gallery
 from pipeline.gallery.paintings import X0_TIMES, attention_sheet, guidance_sheet, weights_sheet, x0_sheet
 from pipeline.gallery.sheet import LABEL_LINES, Sheet, Strip, Tile, draw_sheet
-from pipeline.generate import Generator, TrainedNetwork
+from pipeline.generate import Generator
 from pipeline.sample import LINE_HEIGHT, MARGIN, publish_grid
+from pipeline.trained_network import TrainedNetwork
 from tests.builders import TinyRun, tiny_pictures, tiny_run
 
 PROMPTS = ["a red square", "a green disc"]
