@@ -69,6 +69,7 @@ PREPROCESSING_FLOOR = 10
 LAUNCH_FLOOR = 11
 
 HOMES = {
+    "pynvml": {"pipeline.tracking.graphics"},
     "deepspeed": {"pipeline.training.engine", "pipeline.training.fragments"},
     "torch.distributed": {"pipeline.training.world"},
     "mlflow": {

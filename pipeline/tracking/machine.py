@@ -5,6 +5,8 @@ import shutil
 import time
 from pathlib import Path
 
+from pipeline.tracking.graphics import Graphics
+
 MEGABYTE = 1e6
 
 
@@ -15,6 +17,7 @@ class Machine:
         """Begin to count; `folder` says whose disk is meant."""
         self._folder, self._proc = folder, proc
         self._cpu, self._net = self._cpu_ticks(), self._net_bytes()
+        self._graphics = Graphics()
 
     def figures(self) -> dict[str, float]:
         """Return the values by name; takes well under a millisecond."""
@@ -22,7 +25,7 @@ class Machine:
         received, sent = self._net_bytes()
         (old_busy, old_total), (old_received, old_sent) = self._cpu, self._net
         self._cpu, self._net = (busy, total), (received, sent)
-        values = self._memory()
+        values = self._memory() | self._graphics.figures()
         if total > old_total:
             values["system/cpu_utilization_percentage"] = 100 * (busy - old_busy) / (total - old_total)
         values["system/network_receive_megabytes"] = (received - old_received) / MEGABYTE

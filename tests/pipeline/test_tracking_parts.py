@@ -4,7 +4,9 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 
 from pipeline.config import RunConfig
@@ -13,6 +15,7 @@ from pipeline.paths import RunPaths
 from pipeline.plan.devices import device_called, devices
 from pipeline.tracking import (
     config_for_later,
+    graphics,
     open_records,
     read_records,
     redact_text,
@@ -20,6 +23,7 @@ from pipeline.tracking import (
     sync_records,
 )
 from pipeline.tracking.delivery import tracking_uri
+from pipeline.tracking.graphics import Graphics
 from pipeline.tracking.journal import Lines
 from pipeline.tracking.lineage import inputs_of
 from pipeline.tracking.machine import Machine
@@ -58,6 +62,45 @@ def test_the_machines_figures_are_those_of_proc(tmp_path: Path) -> None:
     assert 0 < found["system/disk_usage_percentage"] < 100
 
 
+class NotToldError(Exception):
+    """NVML's error."""
+
+
+def test_gpus_are_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices, the second in MIG mode: it does not tell its load."""
+
+    def load(device: int) -> SimpleNamespace:
+        if device == 1:
+            raise NotToldError("not supported")
+        return SimpleNamespace(gpu=97)
+
+    nvml = SimpleNamespace(
+        NVMLError=NotToldError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUtilizationRates=load,
+        nvmlDeviceGetMemoryInfo=lambda device: SimpleNamespace(used=20e9, total=80e9),
+        nvmlDeviceGetPowerUsage=lambda device: 350_000,
+    )
+    monkeypatch.setattr(graphics, "pynvml", nvml)
+    rest = {"memory_usage_megabytes": 20_000.0, "memory_usage_percentage": 25.0, "power_usage_watts": 350.0}
+    assert Graphics().figures() == {
+        "system/gpu_0_utilization_percentage": 97.0,
+        **{f"system/gpu_{index}_{name}": value for index in (0, 1) for name, value in rest.items()},
+    }
+
+
+def test_without_a_driver_there_are_no_gpus() -> None:
+    """The library itself, on a machine that has no NVIDIA driver; where there is one, its devices are told."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        assert Graphics().figures() == {}
+    else:
+        assert len(Graphics().figures()) >= pynvml.nvmlDeviceGetCount()
+
+
 def test_away_from_linux_it_knows_the_disk(tmp_path: Path) -> None:
     found = Machine(tmp_path, proc=tmp_path / "no-proc").figures()
     assert "system/disk_usage_percentage" in found and "system/cpu_utilization_percentage" not in found
@@ -75,7 +118,8 @@ def test_a_start_tells_its_machine_and_nothing_of_the_rest_of_the_environment(
     other.parent.mkdir()
     other.write_text('{"train": {"run_id": "r7"}}')
     for attempt, step in (("a1", 0), ("a2", 30)):
-        open_records(paths, config, kind="train", attempt=attempt, resumed_step=step).close()
+        hosts = ["node2", "node1", "node2"]
+        open_records(paths, config, kind="train", attempt=attempt, resumed_step=step, hosts=hosts).close()
     first, last = read_starts(paths.starts, "train")
     assert "resumed_from" not in first and last["resumed_from"] == "checkpoints/step-00000030"
     assert last["host"] == socket.gethostname() and last["environment"]["SLURM_RESTART_COUNT"] == "2"
@@ -83,6 +127,7 @@ def test_a_start_tells_its_machine_and_nothing_of_the_rest_of_the_environment(
     assert last["forked_from"]["mlflow_run"] == "r7"
     assert CANARY not in paths.starts.read_text()
     tags = start_tags([first, last])
+    assert (tags["hosts"], tags["processes"]) == ("node1 node2", "3")
     assert tags["starts"] == "2" and tags["lineage.resumes"] == '["checkpoints/step-00000030"]'
     assert (
         tags["env.SLURM_RESTART_COUNT"] == "2"

@@ -53,6 +53,18 @@ class Page:
         found = self._call("Page.captureScreenshot", self._session, format="png")
         return base64.b64decode(found["data"])
 
+    def press(self, key: str, code: int) -> None:
+        """Press and release a key that has no letter, by its name and Windows' number for it ("End", 35)."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self._call(
+                "Input.dispatchKeyEvent",
+                self._session,
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+            )
+
     def size(self, width: int, height: int) -> None:
         """Give the page a window of that many pixels."""
         self._call(
