@@ -54,3 +54,8 @@ def crop_box(height: int, width: int, bucket: Bucket) -> tuple[int, int, int, in
         return (height - kept) // 2, 0, kept, width
     kept = max(1, min(width, round(height * bucket[1] / bucket[0])))
     return 0, (width - kept) // 2, height, kept
+
+
+def lost_share(height: int, width: int, crop: tuple[int, int, int, int]) -> float:
+    """Return the share of a picture's area that `crop`, as `crop_box` gives it, leaves out."""
+    return 1.0 - crop[2] * crop[3] / (height * width)

@@ -39,6 +39,14 @@ def described(raw: RawSample) -> dict[str, Any] | Rejection:
     return {**raw.columns, **found} if isinstance(found, dict) else Rejection("bad_json")
 
 
+def was_squared(columns: Mapping[str, Any]) -> bool:
+    """Return whether img2dataset made a square of a picture that was none: padded with white bars, or cropped."""
+    names = ("width", "height", "original_width", "original_height")
+    width, height, original_width, original_height = (columns.get(name) for name in names)
+    known = all(isinstance(side, int) for side in (width, original_width, original_height))
+    return known and width == height and original_width != original_height
+
+
 def captions_of(raw: RawSample, rules: Rules, columns: Mapping[str, Any] | Rejection) -> Captions | Rejection:
     """Return the captions: the `.txt`, or else the first of `caption_columns` (a text or a list of texts).
 

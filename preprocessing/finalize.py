@@ -38,7 +38,7 @@ from preprocessing.encoder import TextEncoder
 from preprocessing.filters import Rules
 from preprocessing.leases import remove_leases
 from preprocessing.roster import check_failures, validation_shares
-from preprocessing.sources import InputShard, list_shards
+from preprocessing.sources import InputShard, left_out_shards, list_shards
 
 LOG = logging.getLogger(__name__)
 LISTED = 20
@@ -88,7 +88,7 @@ def finalize_dataset(
         buckets=_buckets(segments),
         encoder=common["encoder"],
         preprocessing={**common["preprocessing"], "versions": common["versions"], "code": common["code"]},
-        statistics=_statistics(records, spec),
+        statistics=_statistics(records, len(left_out_shards(source))),
         tables=_write_tables(out, records, segments),
         null=_write_null(out, spec, text_encoder),
     ).save(out)
@@ -254,13 +254,16 @@ def _refuse_small_buckets(out: Path, segments: Sequence[Segment], global_batch: 
         )
 
 
-def _statistics(records: Sequence[ShardRecord], spec: LatentSpec) -> dict[str, Any]:
+def _statistics(records: Sequence[ShardRecord], left_out: int) -> dict[str, Any]:
+    """Return what is counted beside the samples' ends, with the input shards that were left out, and the channels."""
     sums = records[0].statistics
     for record in records[1:]:
         sums = sums.plus(record.statistics)
     remarks = Counter[str]()
     for record in records:
         remarks.update(record.extra.get("remarks", {}))
+    if left_out:
+        remarks["unfinished_shards"] = left_out
     return {"remarks": dict(sorted(remarks.items())), **channel_statistics(sums)}
 
 
@@ -313,6 +316,14 @@ def _tell(manifest: Manifest) -> None:
         manifest.splits["train"],
         manifest.splits["validation"],
     )
+    squared = statistics["remarks"].get("squared", 0)
+    if squared > counts.written / 2:
+        LOG.warning(
+            "%d of %d pictures were made square before they came here (img2dataset's resize_mode border pads with white "
+            "bars, center_crop cuts): look at the gallery of `ldm report`",
+            squared,
+            counts.written,
+        )
     if "recommended_latent" in statistics:
         LOG.info(
             "posterior std %s against fp16 rounding %s: encode.latent=%s recommended",

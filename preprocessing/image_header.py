@@ -13,6 +13,7 @@ FORMATS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG"}
 OTHER_FORMATS = (
     *(b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"%PDF", b"%!PS", b"\xc5\xd0\xd3\xc6"),
     *(b"<svg", b"\0\0\1\0", b"8BPS", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ", b"\x76\x2f\x31\x01"),
+    *(b"\xd7\xcd\xc6\x9a", b"\1\0\x09\0\0\3"),
 )
 START_OF_SCAN = b"\xff\xda"
 MAX_SCANS = 100

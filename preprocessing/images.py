@@ -12,7 +12,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.errors import DataError
-from preprocessing.buckets import Bucket, best_bucket, crop_box
-from preprocessing.captions import Captions, captions_of, described
+from preprocessing.buckets import Bucket, best_bucket, crop_box, lost_share
+from preprocessing.captions import Captions, captions_of, described, was_squared
 from preprocessing.colour import flat_srgb, is_readable_mode, resizable
 from preprocessing.filters import Failure, Rejection, Rules, column_problem, size_problem
 from preprocessing.hashes import difference_hash
@@ -40,6 +40,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 SCALINGS = (8, 4, 2)
+SUFFIX_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 Box = tuple[int, int, int, int]
 # Pillow's remarks on broken EXIF, odd palettes and large pictures; our own bounds are checked before decoding. Once for
 # the process: pictures are decoded in threads, and a filter set around each would be shared by all of them.
@@ -80,7 +81,7 @@ class PreparedSample:
     perceptual_hash: str
     captions: tuple[str, ...]
     remarks: tuple[str, ...]
-    """Things worth counting that did not reject it: animated, upscaled, cut_caption, renamed_key, ..."""
+    """Things worth counting that did not reject it: animated, upscaled, cut_caption, renamed_key, other_suffix, ..."""
 
     @property
     def bucket(self) -> Bucket:
@@ -140,6 +141,8 @@ def prepare_sample(
 def _accepted_captions(raw: RawSample, rules: Rules) -> Captions | Rejection:
     columns = described(raw)
     captions = captions_of(raw, rules, columns)
+    if isinstance(captions, Captions) and isinstance(columns, dict) and was_squared(columns):
+        captions = replace(captions, remarks=(*captions.remarks, "squared"))
     if isinstance(captions, Rejection) or not rules.filters:
         return captions
     if isinstance(columns, Rejection):
@@ -150,6 +153,9 @@ def _accepted_captions(raw: RawSample, rules: Rules) -> Captions | Rejection:
 
 def _remarks(raw: RawSample, captions: Captions, picture: Picture) -> tuple[str, ...]:
     own = ["renamed_key"] * (raw.key != raw.source_key) + ["ignored_members"] * raw.ignored_members
+    own += ["other_suffix"] * (
+        SUFFIX_FORMATS.get(raw.suffix, raw.suffix) not in ("", image_format(raw.image))
+    )
     return (*own, *captions.remarks, *picture.remarks)
 
 
@@ -193,11 +199,11 @@ def _picture(image: Image.Image, kind: str, rules: Rules) -> Picture | Rejection
     stored_height, stored_width = image.height, image.width
     turned = orientation >= 5
     height, width = (stored_width, stored_height) if turned else (stored_height, stored_width)
-    bucket, loss = best_bucket(height, width, rules.shapes())
-    over = bool(rules.buckets) and loss > rules.bucket_tolerance
+    bucket, _ = best_bucket(height, width, rules.shapes())
+    crop = crop_box(height, width, bucket)
+    over = bool(rules.buckets) and lost_share(height, width, crop) > rules.bucket_tolerance
     if over and rules.bucket_overflow == "reject":
         return Rejection("bucket")
-    crop = crop_box(height, width, bucket)
     scaling = _decode(image, crop[2:], bucket) if kind == "JPEG" and rules.draft else 1
     image.load()
     if not is_readable_mode(image.mode):

@@ -24,11 +24,8 @@ def finished_shards(source: str, shards: Sequence[str], names: Collection[str], 
     Raises:
         DataError: when shards lack their marker in a folder that img2dataset wrote.
     """
-    by_img2dataset = any(name.endswith(STATS_SUFFIX) for name in names) or (
-        any(name.endswith(".tar") for name in shards) and any(name.endswith(".parquet") for name in names)
-    )
-    unfinished = [name for name in shards if marker_name(name) not in names]
-    if not by_img2dataset or not unfinished:
+    unfinished = unfinished_shards(shards, names)
+    if not unfinished:
         return list(shards)
     more = f" and {len(unfinished) - LISTED} more" if len(unfinished) > LISTED else ""
     said = (
@@ -41,6 +38,14 @@ def finished_shards(source: str, shards: Sequence[str], names: Collection[str], 
         )
     LOG.warning("%s; left out (encode.unfinished_shards)", said)
     return [name for name in shards if marker_name(name) in names]
+
+
+def unfinished_shards(shards: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return the shard files without marker in a folder that img2dataset wrote; none elsewhere."""
+    by_img2dataset = any(name.endswith(STATS_SUFFIX) for name in names) or (
+        any(name.endswith(".tar") for name in shards) and any(name.endswith(".parquet") for name in names)
+    )
+    return [name for name in shards if marker_name(name) not in names] if by_img2dataset else []
 
 
 def marker_name(shard: str) -> str:

@@ -29,7 +29,7 @@ from preprocessing.leases import Leases, note_work
 from preprocessing.sources import InputShard
 from preprocessing.worker import EncoderTurn, ShardJob, encode_shard
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised whenever this package would make other bytes of the same input."""
 WAIT = -1
 POLLS, POLL_SECONDS = 20, 2.0
@@ -261,6 +261,7 @@ class _Job:
         if _is_finished(dataset, shard.stem):
             record = ShardRecord.load(shard_path(dataset, shard.stem, ".json"))
             refuse_other_fingerprint(dataset, record, wanted)
+            _refuse_other_size(shard_path(dataset, shard.stem, ".tar"), record.tar_bytes)
             advance(record.counts.read)
             return record, True
         job = ShardJob(shard, validation_samples, wanted)
@@ -279,6 +280,15 @@ def refuse_other_fingerprint(dataset: Path, record: ShardRecord, wanted: dict[st
         raise OtherFingerprintError(
             f"{path}: this shard is finished, but made with something else: {'; '.join(lines)}; set it back, or "
             "encode into a new folder"
+        )
+
+
+def _refuse_other_size(tar: Path, size_bytes: int) -> None:
+    """Raise a DataError with both sizes if a finished tar is not as long as its marker says: that is cheap to see."""
+    if (found := tar.stat().st_size) != size_bytes:
+        raise DataError(
+            f"{tar}: finished, but has {found} bytes instead of the {size_bytes} in its marker; remove the shard's three "
+            "files and encode again"
         )
 
 

@@ -39,6 +39,8 @@ class RawSample:
     image: bytes = b""
     text: bytes | None = None
     json: bytes | None = None
+    suffix: str = ""
+    """What the picture's name ends in, in lower case; "" where it has no name of its own."""
     ignored_members: int = 0
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What a table of the input says of this sample: the parquet beside the tar, metadata.*, a parquet shard."""
@@ -132,13 +134,15 @@ class FileShard(InputShard):
         if problem is not None:
             return RawSample(key, source_key, source, problem)
         text, described = run.having({"txt"}), run.having({"json"})
+        image = run.having(IMAGE_SUFFIXES)[0]
         return RawSample(
             key,
             source_key,
             source,
-            image=content.read(run.having(IMAGE_SUFFIXES)[0]),
+            image=content.read(image),
             text=content.read(text[0]) if text else None,
             json=content.read(described[0]) if described else None,
+            suffix=split_name(image.name)[1],
             ignored_members=len(run.members) - 1 - len(text) - len(described),
             columns=self._columns(run),
         )

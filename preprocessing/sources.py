@@ -12,7 +12,7 @@ from pipeline.errors import DataError
 from pipeline.storage import StoredFile
 from preprocessing.folder_source import folder_shards
 from preprocessing.keys import split_name
-from preprocessing.markers import finished_shards, marker_name, promised_samples
+from preprocessing.markers import finished_shards, marker_name, promised_samples, unfinished_shards
 from preprocessing.parquet_source import ParquetShard
 from preprocessing.samples import IMAGE_SUFFIXES, InputShard, RawSample
 from preprocessing.tables import METADATA_NAMES
@@ -52,20 +52,30 @@ def list_shards(source: str | Path, options: SourceOptions | EncodeConfig | None
     if not storage.is_folder(root):
         raise DataError(f"{root}: not a folder; give one with img2dataset shards, or with pictures")
     files = storage.list_files(root)
-    tars = [file.name for file in files if file.name.endswith(".tar")]
     pictures = [file.name for file in files if split_name(file.name)[1] in IMAGE_SUFFIXES]
-    tables = [
-        file.name for file in files if file.name.endswith(".parquet") and file.name not in METADATA_NAMES
-    ]
-    shards = tars or tables
+    shards = _shard_names(files)
     if shards and pictures:
         raise DataError(
-            f"{root}: holds both {'tars' if tars else 'parquet shards'} and pictures ({pictures[0]}, ...): keep them "
-            "in folders of their own"
+            f"{root}: holds both {'tars' if shards[0].endswith('.tar') else 'parquet shards'} and pictures "
+            f"({pictures[0]}, ...): keep them in folders of their own"
         )
     if not shards:
         return list(folder_shards(root, _files_below(root), SHARD_IMAGES))
     return _numbered_shards(root, shards, {file.name for file in files}, options)
+
+
+def left_out_shards(source: str | Path) -> list[str]:
+    """Return the shard files of a source that `encode.unfinished_shards: leave_out` does not read."""
+    files = storage.list_files(str(source).rstrip("/"))
+    return unfinished_shards(_shard_names(files), {file.name for file in files})
+
+
+def _shard_names(files: Sequence[StoredFile]) -> list[str]:
+    """Return the tars, or where there are none the parquet shards."""
+    tables = [
+        file.name for file in files if file.name.endswith(".parquet") and file.name not in METADATA_NAMES
+    ]
+    return [file.name for file in files if file.name.endswith(".tar")] or tables
 
 
 def _numbered_shards(

@@ -22,7 +22,8 @@ FILE_KINDS = (b"0", b"\0", b"7")
 KINDS_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
 FOLDER_KIND = b"5"
 EXTENDED_KINDS = (b"x", b"g", b"L", b"K")  # pax, pax global, GNU long name, GNU long link
-UNREADABLE_KINDS = {b"S": "a GNU sparse file", b"M": "a piece of a multi-volume archive"}
+SPARSE_KIND = b"S"
+UNREADABLE_KINDS = {b"M": "a piece of a multi-volume archive"}
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
@@ -98,6 +99,8 @@ def _members(stream: BinaryIO, size_bytes: int) -> Iterator[Member]:
         header = _parse_header(block, position)
         content = _content_bytes(header, extended, position)
         start = position + BLOCK
+        if header.kind == SPARSE_KIND:
+            start = _after_sparse_map(stream, block, position)
         following = start + -(-content // BLOCK) * BLOCK
         if following > size_bytes:
             raise _DamageError(position, f"{header.name!r} has {content} bytes, the file is cut inside them")
@@ -109,6 +112,17 @@ def _members(stream: BinaryIO, size_bytes: int) -> Iterator[Member]:
                 yield Member(extended.get("path", header.name), start, content, plain)
             extended = {}
         position = following
+
+
+def _after_sparse_map(stream: BinaryIO, header: bytes, position: int) -> int:
+    """Return where the content of a GNU sparse file begins: behind the blocks in which its map of holes goes on."""
+    start, goes_on = position + BLOCK, header[482]
+    while goes_on:
+        block = _read(stream, start, BLOCK)
+        if len(block) < BLOCK:
+            raise _DamageError(start, "the file is cut inside the map of a sparse file")
+        start, goes_on = start + BLOCK, block[504]
+    return start
 
 
 def _read(stream: BinaryIO, offset: int, size: int) -> bytes:

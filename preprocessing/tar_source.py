@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.publish import json_digest
 from preprocessing.markers import REMEDY, STATS_SUFFIX, lost
 from preprocessing.samples import NO_COLUMNS, Content, FileShard, Run, samples_in
-from preprocessing.strict_tar import DamagedTarError, Member, walk_open_tar
+from preprocessing.strict_tar import BLOCK, DamagedTarError, Member, walk_open_tar
 from preprocessing.tables import file_identity, rows_by_key
 
 
@@ -52,9 +52,10 @@ class TarShard(FileShard):
                 raise DataError(f"{damage}; {said}; {REMEDY}") from None
             read = samples_in(members)
             if self.expected is not None and read != self.expected:
+                end = members[-1].offset + -(-members[-1].size // BLOCK) * BLOCK if members else 0
                 raise DataError(
-                    f"{self.place}: {lost(self.expected, read)} (the tar itself is whole: it is not the one that "
-                    f"its {STATS_SUFFIX} describes); {REMEDY}"
+                    f"{self.place}: its last member ends at byte {end}; {lost(self.expected, read)} (the tar itself is "
+                    f"whole: its tail was zeroed, or it is not the one that its {STATS_SUFFIX} describes); {REMEDY}"
                 )
             yield _OpenTar(self.place, stream, members)
 

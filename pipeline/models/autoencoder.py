@@ -40,6 +40,8 @@ CLASSES: dict[str, type[Any]] = {
     "VQModel": VQModel,
 }
 TILED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+TINY_TILES = (8, 4)
+"""Downsampling and latent channels that diffusers' tiled encoding of an AutoencoderTiny has written into its code."""
 PROBE_SIDE = 128
 TILE_STRIDE = 0.75
 """Tiles overlap by a quarter of their side, as AutoencoderKL does it."""
@@ -162,7 +164,7 @@ class FrozenAutoencoder:
         loaded = cls(model, digest)
         loaded._folder = found.folder
         if tile_size is not None:
-            _enable_tiles(found.folder, model, tile_size, loaded.downsampling)
+            _enable_tiles(found.folder, model, tile_size, loaded.downsampling, loaded.channels)
             loaded._tile_size = tile_size
         return loaded
 
@@ -236,10 +238,15 @@ def _latent_geometry(model: Any) -> tuple[int, int]:
     return int(mean.shape[1]), PROBE_SIDE // int(mean.shape[2])
 
 
-def _enable_tiles(folder: Path, model: Any, tile_size: int, downsampling: int) -> None:
+def _enable_tiles(folder: Path, model: Any, tile_size: int, downsampling: int, channels: int) -> None:
     kind = type(model).__name__
     if kind not in TILED:
         raise ConfigError(f"encode.tile_size: {kind} in {folder} knows no tiles; set it to null")
+    if isinstance(model, AutoencoderTiny) and (downsampling, channels) != TINY_TILES:
+        raise ConfigError(
+            f"encode.tile_size: diffusers tiles an AutoencoderTiny of downsampling {TINY_TILES[0]} and {TINY_TILES[1]} "
+            f"channels alone; {folder} has {downsampling} and {channels}: set it to null"
+        )
     if tile_size % (4 * downsampling):
         raise ConfigError(
             f"encode.tile_size: {tile_size} is not a multiple of {4 * downsampling}, four times the downsampling "

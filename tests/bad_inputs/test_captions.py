@@ -112,6 +112,17 @@ def test_all_are_accounted_for_and_remarked(shard_record: Any) -> None:
     }
 
 
+def test_endings_in_capitals_and_both_spellings_of_jpeg(tmp_path: Path) -> None:
+    picture = image_file(noise(1), "JPEG")
+    files: Files = [(f"{ending}.{ending}", picture) for ending in ("jpg", "jpeg", "JPG", "JPEG", "Jpeg")]
+    texts: Files = [(f"{name.partition('.')[0]}.TXT", b"x") for name, _ in files]
+    shard = list_shards(
+        write_input(tmp_path / "in", {"00000": [f for two in zip(files, texts, strict=True) for f in two]})
+    )[0]
+    record = encode_one(shard, tmp_path / "out")
+    assert (record.counts.read, record.counts.written, record.counts.rejected) == (5, 5, {})
+
+
 def test_orphans_and_duplicates(tmp_path: Path) -> None:
     files: Files = [
         ("late.txt", b"first the caption"),

@@ -93,6 +93,8 @@ CASES: list[tuple[str, bytes, str | None]] = [
     ("63-px", image_file(noise(1, 63, 63)), "too_small"),
     ("64-px", image_file(noise(1, 64, 64)), None),
     ("1x8000", image_file(np.zeros((8000, 1, 3), np.uint8)), "too_small"),
+    ("8000x1", image_file(np.zeros((1, 8000, 3), np.uint8)), "too_small"),
+    ("900x80", image_file(noise(1, 900, 80)), "aspect"),
     ("80x900", image_file(noise(1, 80, 900)), "aspect"),
     ("rgba", image_file(noise(1, 64, 64, 4)), None),
     ("palette-transparent", image_file(Image.fromarray(PIXELS).quantize(16), transparency=3), None),
@@ -112,6 +114,9 @@ CASES: list[tuple[str, bytes, str | None]] = [
     ("eps", other_format("EPS"), "format"),
     ("pdf", other_format("PDF"), "format"),
     ("svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>', "format"),
+    ("ps", b"%!PS-Adobe-3.0\n(ls) run", "format"),
+    ("wmf", b"\xd7\xcd\xc6\x9a" + bytes(300), "format"),
+    ("heic", b"\0\0\0 ftypheic\0\0\0\0mif1heic" + bytes(100), "format"),
     ("avif", b"\0\0\0 ftypavif\0\0\0\0avifmif1miaf" + bytes(100), "format"),
     ("png-as-jpeg-inside", JPEG, None),
     ("solid", image_file(solid((200, 10, 10), 64)), None),
@@ -131,6 +136,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     assert record.counts.read == len(CASES) and record.counts.unaccounted == 0
     assert record.counts.failed == {}
     assert record.extra["remarks"]["animated"] == 2
+    lying = {"jpeg-flip", "cmyk-jpeg", "exif", "animated-webp", "png-as-jpeg-inside"}
+    assert record.extra["remarks"]["other_suffix"] == len(lying), "every file here is called .png"
     rows = read_table(root / "out/00/00000.parquet", ROW_SCHEMA).to_pylist()
     return {row["key"]: row["reason"] for row in rows}
 

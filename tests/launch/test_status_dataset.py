@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from preprocessing.leases import Leases, note_work
 from preprocessing.roster import Work, encode_shards
 from preprocessing.sources import list_shards
-from tests.preprocessing.builders import NumpyEncoder, encode_config, three_shards
+from tests.preprocessing.builders import NumpyEncoder, encode_config, pairs, three_shards, write_input
 
 
 def test_done_leased_and_left(tmp_path: Path) -> None:
@@ -28,6 +28,25 @@ def test_done_leased_and_left(tmp_path: Path) -> None:
         "the 5 samples of the second shard took 4 seconds"
     )
     assert said[2].endswith(" with 1 shards") and said[3] == "  read 12, written 12"
+
+
+def test_rejects_by_reason_speed_and_time_left(tmp_path: Path) -> None:
+    """Three shards of ten done, the two later ones in ten minutes each: seven are left, so seventy minutes."""
+    bad = [("bad.png", b""), ("bad.txt", b"x"), ("lone.txt", b"x")]
+    source = write_input(tmp_path / "in", {f"{k:05d}": [*pairs([f"{k}a", f"{k}b"]), *bad] for k in range(3)})
+    out = tmp_path / "out"
+    encode_shards(Work(list_shards(source), out), NumpyEncoder(), encode_config())
+    note_work(out, 10)
+    for number in range(3):
+        os.utime(out / f"00/{number:05d}.json", (1000 + 600 * number,) * 2)
+    said = describe(out).splitlines()
+    assert said[0] == f"{out}: 3 of 10 shards done, 0 leased, 7 left"
+    assert said[1:] == [
+        "  0.0 images/s, about 70 minutes left",
+        "  read 12, written 6",
+        "  rejected(empty) 3",
+        "  rejected(orphan) 3",
+    ]
 
 
 def test_all_done_but_not_finalized(tmp_path: Path) -> None:

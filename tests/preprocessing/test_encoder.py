@@ -109,6 +109,26 @@ def test_what_overflows_is_computed_again_in_fp32_and_recorded() -> None:
     assert lost.problems == (None, None, "nonfinite_latent", None) and not lost.retried.any()
 
 
+class HalfTextEncoder(StubTextEncoder):
+    """Gives NaN for captions that begin with "t", as half precision may; its fp32 twin does not."""
+
+    def encode(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        states = super().encode(tokens_BL)
+        states[tokens_BL[:, 1] == ord("t")] = torch.nan
+        return states
+
+    def in_fp32(self) -> StubTextEncoder:
+        return StubTextEncoder()
+
+
+def test_text_that_is_not_finite_is_computed_again_in_fp32() -> None:
+    encode = encode_config(max_captions=2)
+    exact = PairEncoder(StubAutoencoder(), StubTextEncoder(), encode).encode(IMAGES, CAPTIONS)
+    half = PairEncoder(StubAutoencoder(), HalfTextEncoder(), encode).encode(IMAGES, CAPTIONS)
+    assert np.array_equal(half.arrays["text"], exact.arrays["text"]) and half.problems == (None,) * 4
+    assert half.retried.tolist() == [False, True, True, False]
+
+
 def test_buckets_must_fit_the_autoencoder_and_are_encoded_in_their_shape() -> None:
     encode = encode_config(buckets=[[16, 32], [8, 18]])
     with pytest.raises(ConfigError, match=r"encode.buckets: 8x18 pixels; sides must be multiples of 4"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ from pipeline.latents.reader import LatentDataset
 from pipeline.latents.rows import SHARD_SCHEMA, read_table
 from pipeline.latents.shard import ChannelStatistics, Segment
 from preprocessing.finalize import _refuse_small_buckets, channel_statistics, finalize_dataset, fp16_rounding
+from preprocessing.verify import verify_dataset
 from tests.builders import tiny_config
-from tests.preprocessing.builders import POISON, NumpyEncoder, image_file, pair, pairs, solid, write_input
+from tests.preprocessing.builders import (
+    POISON,
+    NumpyEncoder,
+    image_file,
+    noise,
+    pair,
+    pairs,
+    solid,
+    write_input,
+)
 from tests.preprocessing.conftest import Prepared
 from tests.preprocessing.torch_stubs import StubTextEncoder
 
@@ -243,3 +254,78 @@ def test_a_bucket_that_cannot_fill_a_batch_is_refused_by_name() -> None:
         DataError, match=r"set: 1 of 2 buckets .* engine\.global_batch 8: 32x64 \(7\); encode into"
     ):
         _refuse_small_buckets(Path("set"), segments, 8)
+
+
+def test_no_tar_is_read(prepared: Prepared) -> None:
+    """Zeros of the same length in place of every tar: the statistics come from the markers alone."""
+    before = Manifest.load(prepared.out)
+    for tar in prepared.out.glob("*/*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    (prepared.out / "manifest.json").unlink()
+    assert prepared.finalize() == before.digest
+
+
+def test_what_fp16_leaves_of_the_posterior_is_said(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        prepared.finalize()
+    assert "18 read = 18 written + 0 rejected {} + 0 failed {}; train 14, validation 4" in caplog.text
+    assert "against fp16 rounding" in caplog.text and "encode.latent=moments recommended" in caplog.text
+
+
+def test_shards_that_were_left_out_are_counted(prepared: Prepared) -> None:
+    digest = Manifest.load(prepared.out).digest
+    (prepared.source / "00009.tar").write_bytes(b"a part of a shard")
+    encode = {"source": str(prepared.source), "image_size": 16, "batch": 4, "validation_samples": 4}
+    prepared.config = tiny_config(prepared.root / "runs", encode={**encode, "unfinished_shards": "leave_out"})
+    assert prepared.finalize() != digest
+    assert Manifest.load(prepared.out).statistics["remarks"]["unfinished_shards"] == 1
+
+
+def test_pictures_that_img2dataset_padded_to_squares_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared = Prepared(tmp_path)
+    sizes = json.dumps({"width": 20, "height": 20, "original_width": 60, "original_height": 40}).encode()
+    files = [file for k in range(8) for file in [*pair(f"k{k}", k), (f"k{k}.json", sizes)]]
+    write_input(prepared.source, {"00000": files})
+    prepared.encode()
+    prepared.finalize()
+    assert "8 of 8 pictures were made square before they came here" in caplog.text
+    assert Manifest.load(prepared.out).statistics["remarks"]["squared"] == 8
+
+
+def with_buckets(root: Path, counts: dict[tuple[int, int], int], global_batch: int) -> Prepared:
+    """Return a data set of so many pictures of each shape, encoded into buckets of 16 x 16 and 8 x 32."""
+    prepared = Prepared(root)
+    files, number = [], 0
+    for (height, width), count in counts.items():
+        for _ in range(count):
+            files += [(f"k{number}.png", image_file(noise(number, height, width))), (f"k{number}.txt", b"x")]
+            number += 1
+    write_input(prepared.source, {"00000": files[: number // 2 * 2], "00001": files[number // 2 * 2 :]})
+    encode = {"source": str(prepared.source), "image_size": 16, "batch": 4, "validation_samples": 0}
+    shapes = {"buckets": [[16, 16], [8, 32]], "bucket_tolerance": 0.1}
+    engine = {"global_batch": global_batch, "micro_batch": 1}
+    prepared.config = tiny_config(root / "runs", encode=encode | shapes, engine=engine)
+    prepared.encode()
+    return prepared
+
+
+def test_a_small_bucket_stops_finalize_and_a_smaller_batch_mends_it(tmp_path: Path) -> None:
+    """Through the whole stage: shapes by picture, segments by shape, rejected where the crop would cost too much."""
+    counts = {(20, 20): 7, (10, 40): 3, (20, 40): 2}
+    prepared = with_buckets(tmp_path / "large", counts, global_batch=4)
+    with pytest.raises(DataError, match=r"1 of 2 buckets have fewer .* engine\.global_batch 4: 8x32 \(3\)"):
+        prepared.finalize()
+    assert not (prepared.out / "manifest.json").exists()
+    prepared = with_buckets(tmp_path / "small", counts, global_batch=3)
+    prepared.finalize()
+    manifest = Manifest.load(prepared.out)
+    assert manifest.counts.rejected == {"bucket": 2}
+    assert [(b["height"], b["width"], b["train"]) for b in manifest.buckets] == [(8, 32, 3), (16, 16, 7)]
+    dataset = LatentDataset(prepared.out)
+    shapes = Counter(dataset.read(index).arrays["latent"].shape for index in range(len(dataset)))
+    assert shapes == {(6, 4, 4): 7, (6, 2, 8): 3}
+    assert verify_dataset(prepared.out, samples=None, decode_with=None).problems == []

@@ -1,6 +1,9 @@
 """Pixels mean what they meant in the file: each conversion is held against its definition."""
 
 import io
+import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,31 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert clipped.mean() > 250 > found.mean() > 120
 
 
+def sixteen_bit_png(values_HWC: np.ndarray) -> bytes:
+    """Return a PNG of 16 bits a channel, written by hand from the format's own words: no library writes them in colour."""
+    height, width, channels = values_HWC.shape
+    colour = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, body in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        png += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return png
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colours_and_alpha_are_scaled_to_within_a_level(channels: int) -> None:
+    values = np.random.default_rng(channels).integers(0, 65536, (SIDE, SIDE, channels)).astype(np.uint16)
+    found = square(sixteen_bit_png(values)).pixels.astype(float)
+    real = values / 65535
+    colours = real[..., :1].repeat(3, axis=2) if channels == 2 else real[..., :3]
+    alpha = real[..., -1:] if channels in (2, 4) else 1.0
+    assert np.abs(found - 255 * (colours * alpha + 1 - alpha)).max() <= 2
+
+
 def test_sixteen_bit_grey_with_a_transparent_value() -> None:
     values = np.full((SIDE, SIDE), 1000, np.uint16)
     values[0, 0] = 2000
@@ -157,7 +185,9 @@ def test_cmyk() -> None:
     cmyk = Image.fromarray(
         np.broadcast_to(np.array([0, 255, 255, 0], np.uint8), (SIDE, SIDE, 4)).copy(), "CMYK"
     )
-    red = square(image_file(cmyk, "JPEG", quality=100)).pixels.astype(int)
+    payload = image_file(cmyk, "JPEG", quality=100)
+    assert b"Adobe" in payload[:200], "the kind that stores its inks inverted"
+    red = square(payload).pixels.astype(int)
     assert np.abs(red - [255, 0, 0]).max() <= 4
 
 
@@ -249,6 +279,40 @@ def test_a_prepared_sample_remembers_where_it_came_from() -> None:
     assert isinstance(found, PreparedSample)
     assert found.remarks == ("renamed_key", "ignored_members", "ignored_members")
     assert len(found.source_sha256) == 64 and found.captions == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "noted"),
+    [
+        ("png", "PNG", False),
+        ("jpg", "JPEG", False),
+        ("jpeg", "JPEG", False),
+        ("png", "JPEG", True),
+        ("webp", "PNG", True),
+    ],
+)
+def test_a_name_that_lies_is_used_by_its_content_and_noted(suffix: str, kind: str, noted: bool) -> None:
+    raw = RawSample("k", "k", "s", image=image_file(noise(0), kind), text=b"x", suffix=suffix)
+    found = prepare_sample(raw, Rules.from_config(encode_config()))
+    assert isinstance(found, PreparedSample) and ("other_suffix" in found.remarks) == noted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "noted"),
+    [
+        ((256, 256, 400, 300), True),
+        ((256, 256, 300, 300), False),
+        ((341, 256, 400, 300), False),
+        ((None,) * 4, False),
+    ],
+)
+def test_squares_that_were_none_are_noted(sizes: tuple[int | None, ...], noted: bool) -> None:
+    """img2dataset's json: (width, height) after its resize, which pads with white by default, and the original's."""
+    names = ("width", "height", "original_width", "original_height")
+    document = json.dumps(dict(zip(names, sizes, strict=True))).encode()
+    raw = RawSample("k", "k", "s", image=image_file(noise(0)), text=b"x", json=document)
+    found = prepare_sample(raw, Rules.from_config(encode_config()))
+    assert isinstance(found, PreparedSample) and ("squared" in found.remarks) == noted
 
 
 def test_png_round_trip() -> None:

@@ -86,6 +86,18 @@ def test_a_shard_whose_tar_was_removed_is_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
+def test_a_finished_tar_of_another_size_is_not_skipped_over(tmp_path: Path) -> None:
+    source = three_shards(tmp_path / "in")
+    encode(source, tmp_path / "out")
+    tar = tmp_path / "out/00/00001.tar"
+    size = tar.stat().st_size
+    os.truncate(tar, size - 512)
+    with pytest.raises(
+        DataError, match=rf"00001\.tar: finished, but has {size - 512} bytes instead of the {size}"
+    ):
+        encode(source, tmp_path / "out")
+
+
 def test_a_folder_of_pictures_is_encoded_like_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("preprocessing.sources.SHARD_IMAGES", 4)
     source = tmp_path / "in"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -129,6 +130,41 @@ def test_a_damaged_tar_says_what_is_lost_and_yields_nothing(tmp_path: Path) -> N
     said = str(caught.value)
     assert str(path) in said and f"byte {header}" in said
     assert "10 samples expected, 6 found, 4 lost" in said
+
+
+def test_every_damage_names_shard_byte_and_the_number_lost(tmp_path: Path) -> None:
+    """Cuts and zeroed blocks at every block, flips in every header; the number is counted from tarfile's own index."""
+    shard = one_shard(
+        tmp_path, [("0.txt", b"x"), ("0.png", b"p" * 700), *pairs([str(k) for k in range(1, 7)])]
+    )
+    path = tmp_path / "00000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        members = [(m.offset, m.offset_data + -(-m.size // 512) * 512, m.name) for m in tar.getmembers()]
+    last = members[-1][1]
+
+    def whole_pictures(before: int) -> int:
+        return sum(end <= before and name.endswith(".png") for _, end, name in members)
+
+    damaged = [(whole[:place], None) for place in range(0, last, 256)]
+    damaged += [(whole[:start] + bytes(512) + whole[start + 512 :], start) for start, _, _ in members]
+    damaged += [(whole[:start] + bytes(len(whole) - start), None) for start, _, _ in members[1:-1]]
+    damaged += [(whole[: start + 5] + b"\xff" + whole[start + 6 :], start) for start, _, _ in members]
+    for content, at in damaged:
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            next(iter(shard.samples()))
+        said = str(caught.value)
+        place = int(re.search(r"at byte (\d+);", said)[1])  # type: ignore[index]
+        lost = 7 - whole_pictures(place)
+        assert said.startswith(f"{path}: ") and place <= len(content) and (at is None or place == at)
+        assert f"7 samples expected, {7 - lost} found, {lost} lost" in said, said
+        assert content[:place] == whole[:place], "what stands before the damage is as it was"
+    path.write_bytes(whole[: members[-1][0]] + bytes(len(whole) - members[-1][0]))
+    *others, final = shard.samples()
+    assert len(others) == 6 and final.text is None, (
+        "a caption's file zeroed at the very end: the sample is still counted"
+    )
 
 
 def test_without_a_marker_the_loss_is_unknown_not_zero(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from preprocessing.strict_tar import BLOCK, DamagedTarError, Member, walk_tar
 from tests.preprocessing.builders import Files, tar_bytes
+from tests.requirements import require_tool
 
 FILES: Files = [
     ("0001.json", b'{"a": 1}'),
@@ -198,6 +200,8 @@ def test_links_devices_and_folders(tmp_path: Path) -> None:
             ("a.png", tarfile.SYMTYPE),
             ("b.png", tarfile.LNKTYPE),
             ("c.png", tarfile.FIFOTYPE),
+            ("e.png", tarfile.CHRTYPE),
+            ("f.png", tarfile.BLKTYPE),
         ):
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname = kind, "/etc/passwd"
@@ -213,8 +217,41 @@ def test_links_devices_and_folders(tmp_path: Path) -> None:
         ("a.png", False),
         ("b.png", False),
         ("c.png", False),
+        ("e.png", False),
+        ("f.png", False),
         ("d.png", True),
     ]
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+def test_sparse_files_of_the_real_tar_are_members_of_another_kind(tmp_path: Path, format: str) -> None:
+    """Many holes, so that the map goes on in blocks of its own; what stands behind is read as ever."""
+    sparse = tmp_path / "a.png"
+    with sparse.open("wb") as stream:
+        for hole in range(1, 60):
+            stream.seek(hole << 20)
+            stream.write(b"x" * 4096)
+    (tmp_path / "b.png").write_bytes(b"behind it")
+    command = [
+        str(require_tool("tar")),
+        f"--format={format}",
+        "--sparse",
+        "-cf",
+        "00000.tar",
+        "a.png",
+        "b.png",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    path = tmp_path / "00000.tar"
+    assert path.stat().st_size < 1 << 20, "tar has seen the holes"
+    found = walk_tar(path)
+    with tarfile.open(path) as oracle:
+        assert [member.name for member in oracle.getmembers()] == ["a.png", "b.png"]
+    assert [member.is_file for member in found] == [False, True] and found[1].name == "b.png"
+    assert path.read_bytes()[found[1].offset : found[1].offset + found[1].size] == b"behind it"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DamagedTarError):
+        walk_tar(path)
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,16 @@ def test_no_damage_of_a_parquet_shard_goes_unseen(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         with pytest.raises(DataError, match=r"train-0\.parquet"):
             list(shard.samples())
+    pictures = {row["key"]: row["png"] for row in rows}
+    refused = 0
+    for start in range(0, len(whole) - 4096, len(whole) // 12):
+        path.write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])
+        try:
+            found = list(shard.samples())
+        except DataError as error:
+            refused += 1
+            assert str(path) in str(error)
+            continue
+        assert len(found) == 200, "no row is lost without a word"
+        assert [raw.key for raw in found if raw.image != pictures.get(raw.key)], "a picture changed"
+    assert refused

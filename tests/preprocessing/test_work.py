@@ -121,7 +121,8 @@ def test_a_latent_that_decodes_to_nothing_is_a_problem(chain: Chain, monkeypatch
         FrozenAutoencoder, "decode", lambda self, latents: torch.full((1, 3, 16, 16), torch.nan)
     )
     found = verify_dataset(chain.paths.latents, samples=2, decode_with=chain.paths.autoencoder)
-    assert any("decodes to a picture that is not finite" in problem for problem in found.problems)
+    said = [problem for problem in found.problems if "decodes to a picture that is not finite" in problem]
+    assert len(said) == 4, "two of each split"
 
 
 def test_the_verb_starts_its_own_workers(chain: Chain, tmp_path: Path) -> None:

@@ -1,18 +1,23 @@
 """One shard through the real worker: everything read ends somewhere, and the rows say where."""
 
+import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.latents.rows import ROW_SCHEMA, read_table
 from pipeline.latents.shard import ShardRecord, shard_path
 from preprocessing.ahead import Decoders
+from preprocessing.encoded import EncodedBatch
 from preprocessing.filters import Rules
+from preprocessing.hashes import hash_distance
 from preprocessing.sources import InputShard, list_shards
 from preprocessing.worker import EncoderTurn, ShardJob, encode_shard
 from tests.preprocessing.builders import (
@@ -113,6 +118,49 @@ def test_rows_tell_where_everything_came_from(tmp_path: Path) -> None:
     assert row["captions"] == ["x", "y"] and row["source"] == "00000.tar"
     assert (row["original_height"], row["original_width"], row["crop"]) == (30, 50, [0, 10, 30, 30])
     assert (row["height"], row["width"], row["split"]) == (16, 16, "validation")
+    assert row["source_sha256"] == hashlib.sha256(files[0][1]).hexdigest()
+    assert (row["scaling"], row["remarks"]) == (1, ["surplus_captions"])
+
+
+def test_rows_tell_how_a_picture_was_decoded_and_what_it_looks_like(tmp_path: Path) -> None:
+    """Two copies of one picture, the large one decoded at a fourth: other bytes, nearly the same appearance."""
+    coarse = Image.fromarray(noise(1, 5, 5))
+    large, small = (
+        image_file(coarse.resize((side, side), Image.Resampling.BICUBIC), "JPEG", quality=95)
+        for side in (64, 16)
+    )
+    files = [
+        ("large.jpg", large),
+        ("large.txt", b"x"),
+        ("small.jpg", small),
+        ("small.txt", b"x"),
+        *pair("other", 7),
+    ]
+    shard = list_shards(write_input(tmp_path / "in", {"00000": files}))[0]
+    encode(shard, tmp_path / "out")
+    rows = {row["key"]: row for row in rows_of(tmp_path / "out")}
+    assert (rows["large"]["scaling"], rows["small"]["scaling"]) == (4, 1)
+    assert rows["large"]["source_sha256"] != rows["small"]["source_sha256"]
+    near, far = (
+        hash_distance(rows["large"]["perceptual_hash"], rows[key]["perceptual_hash"])
+        for key in ("small", "other")
+    )
+    assert near <= 8 < far
+
+
+class Retrying(NumpyEncoder):
+    """Says of every second sample of a batch that it came from the second attempt in fp32."""
+
+    def encode(self, images_BHWC: np.ndarray, captions: Any) -> EncodedBatch:
+        found = super().encode(images_BHWC, captions)
+        return replace(found, retried=np.arange(len(images_BHWC)) % 2 == 1)
+
+
+def test_a_retry_in_fp32_is_told_in_the_row_and_counted_in_the_marker(tmp_path: Path) -> None:
+    shard = list_shards(write_input(tmp_path / "in", {"00000": pairs(["a", "b", "c", "d", "e"])}))[0]
+    record = encode(shard, tmp_path / "out", Retrying())
+    again = {row["key"] for row in rows_of(tmp_path / "out") if "fp32_retry" in row["remarks"]}
+    assert again == {"b", "d"} and record.extra["remarks"]["fp32_retry"] == 2
 
 
 def test_statistics_are_those_of_the_stored_values(tmp_path: Path) -> None:

@@ -16,9 +16,15 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import DataError
+from preprocessing.finalize import finalize_dataset
+from preprocessing.report import compare
+from preprocessing.roster import OtherFingerprintError, Work, encode_shards
 from preprocessing.sources import list_shards
+from preprocessing.verify import verify_dataset
+from tests.builders import tiny_config
 from tests.pipeline.test_storage import CONTENT, check_layer
-from tests.preprocessing.builders import encode_one, pairs, three_shards
+from tests.preprocessing.builders import NumpyEncoder, encode_one, pairs, three_shards
+from tests.preprocessing.torch_stubs import StubAutoencoder, StubTextEncoder
 
 pytestmark = pytest.mark.services
 RECORDED = Path(__file__).parents[1] / "preprocessing/recorded"
@@ -102,6 +108,30 @@ def test_shards_in_a_store_give_the_same_bytes(s3_server: str, tmp_path: Path) -
             there = encode_one(remote, tmp_path / f"there{number}")
             assert (here.tar_digest, here.counts) == (there.tar_digest, there.counts)
             assert here.counts.written > 0 and local.size_bytes() == remote.size_bytes()
+
+
+def test_a_data_set_from_a_store(s3_server: str, tmp_path: Path) -> None:
+    """Encode, finalize, verify and the report's comparison with `s3://` as the source: all but the input's name is local's."""
+    local = three_shards(tmp_path / "in")
+    root = upload_folder("whole", local)
+    compared, manifests = [], []
+    for source in (str(local), root):
+        out = tmp_path / source.partition(":")[0].rpartition("/")[2]
+        encode = {"source": source, "image_size": 16, "batch": 4, "validation_samples": 4}
+        config = tiny_config(tmp_path / "runs", encode=encode)
+        done = encode_shards(Work(list_shards(source, config.encode), out), NumpyEncoder(), config.encode)
+        assert (done.encoded, done.counts.read, done.counts.written) == (3, 18, 18)
+        manifests.append(finalize_dataset(config, out, source, text_encoder=StubTextEncoder()))
+        assert verify_dataset(out, samples=None, decode_with=None).problems == []
+        decoder = StubAutoencoder(manifests[-1].encoder["autoencoder"])
+        compared.append([(c.key, c.psnr) for c in compare(out, source, decoder)])
+    assert compared[0] == compared[1] and len(compared[0]) == 16
+    assert manifests[0].digest == manifests[1].digest, "the same data set, wherever its input lay"
+    assert encode_shards(Work(list_shards(root), out), NumpyEncoder(), config.encode).finished_before == 3
+    system, _ = storage._open_system(root)
+    system.pipe_file("whole/data/00001.tar", (local / "00001.tar").read_bytes()[:-1] + b"\1")
+    with pytest.raises(OtherFingerprintError, match=r"00001\.json: .*input\.version"):
+        encode_shards(Work(list_shards(root), out), NumpyEncoder(), config.encode)
 
 
 def test_an_object_that_was_replaced_is_another_input(s3_server: str, tmp_path: Path) -> None:

@@ -114,6 +114,36 @@ def test_tiles_are_nearly_the_whole_and_are_refused_where_unknown(tmp_path: Path
     autoencoders()["VQModel"].save_pretrained(tmp_path / "vq")
     with pytest.raises(ConfigError, match=r"VQModel in .* knows no tiles"):
         FrozenAutoencoder.load(tmp_path / "vq", tile_size=32)
+    autoencoders()["AutoencoderTiny"].save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ConfigError, match=r"of downsampling 8 and 4 channels alone; .*tiny has 4 and 4"):
+        FrozenAutoencoder.load(tmp_path / "tiny", tile_size=32)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderTiny", "AutoencoderDC"])
+def test_tiles_of_other_classes_are_diffusers_own(kind: str, tmp_path: Path) -> None:
+    """Against the class itself, told its tiles by its own attributes; one tile is the whole."""
+    model = autoencoders()[kind].eval()
+    if kind == "AutoencoderTiny":  # as TAESD: diffusers' tiles know f8 alone
+        blocks: dict[str, Any] = {f"{half}_block_out_channels": (8,) * 4 for half in ("encoder", "decoder")}
+        blocks |= {f"num_{half}_blocks": (1,) * 4 for half in ("encoder", "decoder")}
+        model = AutoencoderTiny(**blocks).eval()
+    model.save_pretrained(tmp_path / kind)
+    whole = FrozenAutoencoder.load(tmp_path / kind)
+    side = 16 * whole.downsampling
+    tiled = FrozenAutoencoder.load(tmp_path / kind, tile_size=side)
+    assert torch.equal(whole.encode(IMAGES[:, :, :side, :side]), tiled.encode(IMAGES[:, :, :side, :side]))
+    large = IMAGES.repeat(1, 1, 4, 4)
+    if kind == "AutoencoderDC":
+        model.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+    else:
+        model.enable_tiling()
+        model.tile_sample_min_size, model.tile_latent_min_size = side, 16
+    with torch.no_grad():
+        encoded = model.encode(large)
+    expected = encoded.latent if kind == "AutoencoderDC" else encoded.latents
+    mean = tiled.encode(large)[:, : tiled.channels]
+    assert torch.allclose(mean, expected, atol=1e-6)
+    assert (mean - whole.encode(large)[:, : tiled.channels]).abs().max() > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
