@@ -54,7 +54,7 @@ class Page:
         return base64.b64decode(found["data"])
 
     def press(self, key: str, code: int) -> None:
-        """Press and release a key that has no letter, by its name and Windows' number for it ("End", 35)."""
+        """Press and release a key that has no letter, by its name and Windows' number for it ("ArrowRight", 39)."""
         for kind in ("rawKeyDown", "keyUp"):
             self._call(
                 "Input.dispatchKeyEvent",

@@ -198,15 +198,19 @@ def test_a_browser_shows_the_run_its_charts_and_its_grids(told: Told, tmp_path: 
         hide(page, str(told.tiny.paths.root.parent))
         if kept:
             keep_small(page.picture(*WINDOW), Path(kept) / "mlflow-charts.png")
-        # The chart of pictures begins at step 0, where there is none: its slider goes to the last.
+        # The chart of pictures begins at step 0, where there is none; its slider takes one picture a press.
         page.evaluate("document.querySelector('[role=slider]').focus()")
-        page.press("End", 35)
-        until(page, f"{GRIDS}.some(i => i.complete && i.naturalWidth > 100)")
+        for step in range(10, STEPS + 1, 10):
+            page.press("ArrowRight", 39)
+            until(page, GRID.replace("STEP", str(step)))
 
 
 WINDOW = (1280, 1000)
 CHARTS = "[...document.querySelectorAll('.js-plotly-plot')]"
-GRIDS = f"[...document.images].filter(i => decodeURIComponent(i.src).includes('images/grid+step+{STEPS}+'))"
+GRID = (
+    "[...document.images].some(i => decodeURIComponent(i.src).includes('images/grid+step+STEP+')"
+    " && i.complete && i.naturalWidth > 100)"
+)
 STATE = "document.body.innerText.slice(0, 3000)"
 SEARCH = (
     "(() => { const box = document.querySelector('input[placeholder=\"Search metric charts\"]');"
