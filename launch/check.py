@@ -77,7 +77,7 @@ def combination_problems(config: RunConfig) -> list[str]:
 def _first_stage_problems(config: RunConfig) -> list[str]:
     assert config.first_stage
     autoencoder, clip, unet = config.first_stage.autoencoder, config.first_stage.clip, config.model
-    lines = []
+    lines = config.first_stage.batch_problems()
     for name, value in (("model.in_channels", unet.in_channels), ("model.out_channels", unet.out_channels)):
         if value != autoencoder.latent_channels:
             lines.append(

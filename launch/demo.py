@@ -21,8 +21,6 @@ from pipeline.config_file import dump_config, load_config
 from pipeline.errors import ConfigError
 from pipeline.evaluation.run import evaluate_run
 from pipeline.export import export_pipeline
-from pipeline.first_stage.autoencoder import train_autoencoder
-from pipeline.first_stage.clip import train_clip
 from pipeline.gallery.gallery import make_gallery
 from pipeline.paths import RunPaths
 from pipeline.publish import file_digest, folder_digest, json_digest, write_bytes, write_json
@@ -31,7 +29,6 @@ from pipeline.tracking import config_for_later, read_records
 from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
 from preprocessing.encode_records import record_encoding
 from preprocessing.finalize import finalize_dataset
-from preprocessing.pairs import prepared_pairs
 from preprocessing.report import write_report
 from preprocessing.verify import verify_dataset
 from preprocessing.work import encode_dataset
@@ -87,13 +84,12 @@ class Stage:
 
 
 def _autoencoder(demo: Demo) -> str:
-    return folder_digest(
-        train_autoencoder(demo.config, prepared_pairs(demo.config.autoencoder_source), demo.paths)
-    )
+    _in_processes(demo, "train-autoencoder")
+    return folder_digest(demo.paths.autoencoder)
 
 
 def _clip(demo: Demo) -> str:
-    train_clip(demo.config, prepared_pairs(demo.config.encode), demo.paths)
+    _in_processes(demo, "train-clip")
     return json_digest([folder_digest(demo.paths.clip), folder_digest(demo.paths.text_encoder)])
 
 
@@ -115,13 +111,22 @@ def _encode(demo: Demo) -> str:
     return manifest.digest
 
 
-def _train(demo: Demo) -> str:
-    resolved = demo.paths.root / "demo.yaml"
-    write_bytes(resolved, dump_config(config_for_later(demo.config)).encode())
-    command = [sys.executable, "-m", "launch.cli", "train", str(resolved)]
-    code = run_local(command, demo.config.engine.processes, threads=demo.config.engine.threads)
+def _in_processes(demo: Demo, verb: str) -> None:
+    """Run a training verb in as many processes as the config wants for it."""
+    config, resolved = demo.config, demo.paths.root / "demo.yaml"
+    write_bytes(resolved, dump_config(config_for_later(config)).encode())
+    processes, threads = config.engine.processes, config.engine.threads
+    if verb != "train" and config.first_stage:
+        processes, threads = config.first_stage.processes, config.first_stage_threads
+    code = run_local(
+        [sys.executable, "-m", "launch.cli", verb, str(resolved)], processes, threads=threads
+    )
     if code:
         raise SystemExit(code)
+
+
+def _train(demo: Demo) -> str:
+    _in_processes(demo, "train")
     return weights_digest(newest_checkpoint(demo.paths.checkpoints))
 
 

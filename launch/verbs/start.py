@@ -7,10 +7,11 @@ import typer
 
 from launch.verbs.answers import Answer, answer_alone, long_verb
 from launch.verbs.arguments import ConfigPath, Overrides
+from pipeline.errors import ConfigError
 
 app = typer.Typer()
 
-DEMO_CONFIG = Path("configs/demo.yaml")
+DEMO_CONFIG, LONG_CONFIG = Path("configs/demo.yaml"), Path("configs/long.yaml")
 
 
 @long_verb(app)
@@ -21,6 +22,9 @@ def demo(
     fast: Annotated[
         bool, typer.Option("--fast", help="three minutes: less training, the same chain")
     ] = False,
+    long: Annotated[
+        bool, typer.Option("--long", help="two hours: all subjects of the example data (configs/long.yaml)")
+    ] = False,
 ) -> Answer:
     """Run the whole chain on the example data: first stage, encode, train, evaluate, sample, export.
 
@@ -30,8 +34,11 @@ def demo(
 
     given = arguments or []
     named = given[:1] if given and "=" not in given[0] else []
+    if long and (fast or named):
+        raise ConfigError(f"--long is {LONG_CONFIG} in full: it goes with neither --fast nor a CONFIG")
     answer_alone()
-    painted = run_demo(Path(*named) if named else DEMO_CONFIG, given[len(named) :], fast=fast)
+    config = Path(*named) if named else LONG_CONFIG if long else DEMO_CONFIG
+    painted = run_demo(config, given[len(named) :], fast=fast)
     return Answer(painted.words, painted.facts)
 
 

@@ -120,5 +120,21 @@ class ClipConfig(Section):
 class FirstStageConfig(Section):
     """Models trained before the data is encoded, for those who have none for their domain."""
 
+    processes: Positive = Field(
+        1,
+        description="processes that `ldm train-autoencoder` and `ldm train-clip` start by themselves on this machine; they "
+        "share a step's batch",
+    )
     autoencoder: AutoencoderConfig
     clip: ClipConfig
+
+    def batch_problems(self) -> list[str]:
+        """Return a line for each batch that the processes cannot share evenly."""
+        batches = {"autoencoder": self.autoencoder.batch, "clip": self.clip.batch}
+        if self.autoencoder.perceptual.weight and self.autoencoder.perceptual.network is None:
+            batches["autoencoder.perceptual"] = self.autoencoder.perceptual.batch
+        return [
+            f"first_stage.{name}.batch {batch} is not a multiple of first_stage.processes {self.processes}; choose one"
+            for name, batch in batches.items()
+            if batch % self.processes
+        ]

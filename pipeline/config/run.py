@@ -51,6 +51,12 @@ class RunConfig(Section):
         filters = self.first_stage.autoencoder.filters if self.first_stage else None
         return self.encode if filters is None else self.encode.model_copy(update={"filters": filters})
 
+    @property
+    def first_stage_threads(self) -> int:
+        """CPU threads of each of `first_stage.processes`: together they take the cores that the U-Net will have."""
+        processes = self.first_stage.processes if self.first_stage else 1
+        return max(1, self.engine.processes * self.engine.threads // processes)
+
     @model_validator(mode="after")
     def _sampler_runs_the_objective(self) -> Self:
         problem = sampler_problem(self.sample.sampler, self.objective)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.demo import Painted
 from launch.cli import main
 from launch.verbs.answers import JSON, NO_ANSWER
 from pipeline.progress import QUIET
@@ -68,6 +69,9 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
             2,
             "crop: 128 pixels, but encode",
         ),
+        (["check", "configs/small.yaml", "first_stage.processes=3"], 2, "batch 8 is not a multiple of"),
+        (["demo", "--long", "--fast"], 2, "it goes with neither --fast nor a CONFIG"),
+        (["demo", "--long", "configs/small.yaml"], 2, "it goes with neither --fast nor a CONFIG"),
         (["train", "configs/small.yaml", "data.dataset=nowhere"], 3, "run `ldm encode`"),
         (["train", "configs/small.yaml", "engine.processes=1"], 3, "run `ldm encode`"),
         (["submit", "configs/small.yaml"], 2, "`--stage all` makes it first"),
@@ -151,6 +155,51 @@ def test_the_word_for_changed_data_reaches_every_rank(
         accepted == [bool(given)]
         and capsys.readouterr().out == "runs/small: step 7, 28 samples, loss 0.5000\n"
     )
+
+
+@pytest.mark.parametrize("verb", ["train-autoencoder", "train-clip"])
+def test_a_first_stage_starts_its_processes_unless_a_launcher_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    started: list[tuple[list[str], int, int]] = []
+
+    def run_local(again: list[str], processes: int, *, threads: int) -> int:
+        started.append((again[2:], processes, threads))
+        return 7
+
+    monkeypatch.setattr("launch.local.run_local", run_local)
+    monkeypatch.setattr("preprocessing.pairs.prepared_pairs", lambda encode: [])
+    for module in ("autoencoder", "clip"):
+        monkeypatch.setattr(f"pipeline.first_stage.{module}.train_{module}", lambda *words: Path("made"))
+    given = [verb, "configs/small.yaml", "first_stage.processes=4", "engine.threads=4"]
+    with pytest.raises(SystemExit) as left:
+        main(given)
+    assert left.value.code == 7 and started == [(["launch.cli", *given], 4, 2)]
+    for rank, said in (("0", "made\n"), ("1", "")):
+        world = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        for name, value in (world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as left:
+            main(given)
+        assert not left.value.code and capsys.readouterr().out == said
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "fast"),
+    [([], "demo", False), (["--fast"], "demo", True), (["--long"], "long", False)],
+)
+def test_each_demo_has_its_config(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], config: str, fast: bool
+) -> None:
+    run: list[object] = []
+    monkeypatch.setattr(
+        "launch.demo.run_demo", lambda *words, **named: run.extend([*words, named]) or Painted("", {})
+    )
+    with pytest.raises(SystemExit):
+        main(["demo", *given, "seed=1"])
+    assert run == [Path(f"configs/{config}.yaml"), ["seed=1"], {"fast": fast}]
+    assert Path(f"configs/{config}.yaml").is_file()
 
 
 def test_json_is_one_line_of_facts_and_quiet_is_silent(

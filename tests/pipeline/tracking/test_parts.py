@@ -30,8 +30,7 @@ from pipeline.tracking.machine import Machine
 from pipeline.tracking.names import metrics_of, start_tags
 from pipeline.tracking.starts import ALLOWED_ENVIRONMENT, read_starts
 from tests.builders import tiny_config
-
-CANARY = "c4n4ry-in-the-coal-mine"
+from tests.pipeline.tracking.builders import CANARY
 
 
 def proc(folder: Path, *, busy: int, idle: int, received: int) -> Path:
