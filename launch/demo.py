@@ -118,9 +118,7 @@ def _in_processes(demo: Demo, verb: str) -> None:
     processes, threads = config.engine.processes, config.engine.threads
     if verb != "train" and config.first_stage:
         processes, threads = config.first_stage.processes, config.first_stage_threads
-    code = run_local(
-        [sys.executable, "-m", "launch.cli", verb, str(resolved)], processes, threads=threads
-    )
+    code = run_local([sys.executable, "-m", "launch.cli", verb, str(resolved)], processes, threads=threads)
     if code:
         raise SystemExit(code)
 

@@ -52,7 +52,15 @@ def by_name(path: Path) -> str:
 
 
 def test_every_shipped_config_is_here() -> None:
-    assert {path.stem for path in ALL} == {"demo", "long", "small", "sd15-256", "sd15-512", "sd2-512", "sdxl-1024"}
+    assert {path.stem for path in ALL} == {
+        "demo",
+        "long",
+        "small",
+        "sd15-256",
+        "sd15-512",
+        "sd2-512",
+        "sdxl-1024",
+    }
 
 
 @pytest.mark.parametrize("path", ALL, ids=by_name)
