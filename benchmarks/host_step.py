@@ -44,14 +44,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours ZeRO-1": {"zero_stage": 1},
     "ours ZeRO-2": {"zero_stage": 2},
     "ours ZeRO-3": {"zero_stage": 3},
-    "ours ZeRO-1 without overlap": {
-        "zero_stage": 1,
-        "deepspeed": {"zero_optimization": {"overlap_comm": False}},
-    },
-    "ours ZeRO-1 after backward": {
-        "zero_stage": 1,
-        "deepspeed": {"zero_optimization": {"overlap_comm": False, "contiguous_gradients": False}},
-    },
+    "ours ZeRO-1 during backward": {"zero_stage": 1, "reduction": "during_backward"},
     "ours bf16 ZeRO-1": {"zero_stage": 1, "precision": "bf16"},
     "ours bf16 ZeRO-2": {"zero_stage": 2, "precision": "bf16"},
 }
@@ -174,8 +167,12 @@ def _pairs(world: World) -> Iterator[tuple[str, Opening, Opening]]:
     for label, settings in OURS.items():
         name = label.removeprefix("ours ").lower().replace("-", "_").replace(" ", "_")
         yield name, loop, (label, lambda settings=settings: ours(world, settings))  # type: ignore[misc]
-    zero: Opening = ("ours ZeRO-1", lambda: ours(world, OURS["ours ZeRO-1"]))
-    yield "stock_against_ours", ("stock ZeRO-1", stock_zero), zero
+    stock: Opening = ("stock ZeRO-1", stock_zero)
+    for name, label in (
+        ("stock_against_ours", "ours ZeRO-1"),
+        ("stock_against_during_backward", "ours ZeRO-1 during backward"),
+    ):
+        yield name, stock, (label, lambda label=label: ours(world, OURS[label]))  # type: ignore[misc]
 
 
 def _parser() -> argparse.ArgumentParser:

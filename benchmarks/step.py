@@ -57,8 +57,6 @@ MODEL: UNetConfig = load_config(REPOSITORY / "configs" / "small.yaml").model.mod
     update={"sample_size": PIXELS // 8, "cross_attention_dim": 64}
 )
 OPTIMIZER = OptimizerConfig()
-AFTER_BACKWARD = {"zero_optimization": {"overlap_comm": False, "contiguous_gradients": False}}
-"""As docs/engine.md advises for a CPU, which has nothing to hide a reduction behind, and configs/demo.yaml sets it."""
 WANTED = {"autoencoder": 1116.66 / 2406.77, "text encoder": 13.30 / 2406.77}
 
 
@@ -258,14 +256,13 @@ def against_example(
         micro_batch=BATCH,
         precision="fp32",
         zero_stage=stage,  # type: ignore[arg-type]
-        deepspeed=AFTER_BACKWARD if stage else {},
     )
     config = base.model_copy(update={"model": MODEL, "engine": engine, "optimizer": OPTIMIZER})
     with ours(world, dataset, config) as (step, train_step):
         with closing(LatentDataset(dataset)) as reader, closing(_batches(reader, config)) as batches:
             same_loss(example, train_step, next(batches))
         return compare(
-            Side(f"ours, cached latents, ZeRO-{stage}{', reduced after backward' if stage else ''}", step),
+            Side(f"ours, cached latents, ZeRO-{stage}", step),
             Side("diffusers' example", example.step),
             name="step_from_disk" if stage == 0 else f"step_from_disk_zero_{stage}",
             out_dir=options.out_dir,

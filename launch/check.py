@@ -186,7 +186,8 @@ def _facts(config: RunConfig, paths: RunPaths) -> list[str]:
     micro_batches = micro_batches_per_step(engine.global_batch, engine.micro_batch, world_size)
     dataset = dataset_folder(config, paths)
     made = (dataset / "manifest.json").is_file()
-    derived = derive_deepspeed_config(engine, config.optimizer, world_size, micro_batches)
+    on_gpus = config.cluster.gpus_per_node > 0
+    derived = derive_deepspeed_config(engine, config.optimizer, world_size, micro_batches, on_gpus=on_gpus)
     split = f"{world_size} ranks x {micro_batches} micro-batches of up to {engine.micro_batch}"
     return [
         f"  run folder     {paths.root}",

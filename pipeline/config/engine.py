@@ -76,6 +76,11 @@ class EngineConfig(Section):
     )
     threads: Positive = Field(1, description="CPU threads a process")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="1 shards masters, moments and EMA over the ranks")
+    reduction: Literal["auto", "during_backward", "after_backward"] = Field(
+        "auto",
+        description="of gradients at stage 1: during the backward pass, by a hook on every tensor, or after it; auto = after "
+        "it on CPUs and on one GPU, where nothing would be hidden",
+    )
     precision: Literal["fp32", "bf16", "autocast_bf16", "fp16"] = Field(
         "bf16",
         description="bf16 halves the weights' memory; autocast keeps fp32 weights; fp16 for GPUs without bf16",

@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 def derive_deepspeed_config(
-    engine: EngineConfig, optimizer: OptimizerConfig, world_size: int, micro_batches: int
+    engine: EngineConfig, optimizer: OptimizerConfig, world_size: int, micro_batches: int, *, on_gpus: bool
 ) -> dict[str, Any]:
     """Return what `deepspeed.initialize` is given for a step of `micro_batches` micro-batches on each rank.
 
@@ -66,7 +66,7 @@ def derive_deepspeed_config(
         # At stage 0 DeepSpeed would clip without telling the norm or looking for NaN: the engine does it there. Left
         # out it means 1.0.
         "gradient_clipping": optimizer.clip_grad_norm if engine.zero_stage else 0.0,
-        "zero_optimization": _zero(engine),
+        "zero_optimization": _zero(engine, hidden=on_gpus and world_size > 1),
         # Offloaded too it is torch's AdamW, because DeepSpeed's is compiled at first use.
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
@@ -106,10 +106,14 @@ def hatch_problems(hatch: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _zero(engine: EngineConfig) -> dict[str, Any]:
+def _zero(engine: EngineConfig, *, hidden: bool) -> dict[str, Any]:
+    """Return the ZeRO section; `hidden`: a reduction can run behind the backward pass."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage:
-        zero |= {"overlap_comm": True, "contiguous_gradients": True}
+        overlaps = hidden if engine.reduction == "auto" else engine.reduction == "during_backward"
+        # Only stage 1 without offload can do without the hook on every gradient.
+        overlaps |= engine.zero_stage > 1 or engine.offload_optimizer
+        zero |= {"overlap_comm": overlaps, "contiguous_gradients": overlaps}
         zero |= {"reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -83,7 +83,9 @@ class Engine:
         Every rank must hand over equal weights. Raises ConfigError for a wrong `engine.deepspeed`, and for fp16 on a
         CPU.
         """
-        config = derive_deepspeed_config(engine, optimizer, world.world_size, micro_batches)
+        config = derive_deepspeed_config(
+            engine, optimizer, world.world_size, micro_batches, on_gpus=world.device.type != "cpu"
+        )
         refuse_without_fp16(engine.precision, world.device)
         self.stage, self.precision, self.micro_batches = engine.zero_stage, engine.precision, micro_batches
         self._clip_grad_norm = optimizer.clip_grad_norm

@@ -100,7 +100,7 @@ def load_universal(world: World, root: str, name: str, stage: int) -> dict[str, 
     torch.manual_seed(99)
     network = UNet(config.model)
     groups = decay_groups(network, 0.01) if stage < 3 else [{"params": list(network.parameters())}]
-    plain = derive_deepspeed_config(config.engine, config.optimizer, world.world_size, 2)
+    plain = derive_deepspeed_config(config.engine, config.optimizer, world.world_size, 2, on_gpus=False)
     engine, *_ = deepspeed.initialize(
         model=network,
         optimizer=torch.optim.AdamW(groups, lr=1.0, fused=True),

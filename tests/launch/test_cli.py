@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.demo import Painted
 from launch.cli import main
+from launch.demo import Painted
 from launch.verbs.answers import JSON, NO_ANSWER
 from pipeline.progress import QUIET
 from pipeline.training.train import TrainResult

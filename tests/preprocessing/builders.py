@@ -17,11 +17,14 @@ from pipeline.latents.spec import LatentSpec
 from preprocessing.ahead import Decoders
 from preprocessing.encoded import EncodedBatch, EncodedText, fill_captions, stored_arrays
 from preprocessing.filters import Rules
+from preprocessing.images import Picture, prepare_image
 from preprocessing.samples import InputShard
 from preprocessing.worker import EncoderTurn, ShardJob, encode_shard
 
 POISON = (1, 2, 3)
 """A picture of only this colour makes the encoder return NaN."""
+SIDE = 16
+"""Pixels of the side of these tests' pictures."""
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "eps")
 Files = list[tuple[str, bytes]]
 
@@ -172,3 +175,11 @@ def encode_one(
         return encode_shard(
             ShardJob(shard, 0, {}), EncoderTurn(encoder), decoders, rules, out, lambda count: None
         )
+
+
+def square(payload: bytes, **changes: object) -> Picture:
+    """Return what becomes of a picture's file at SIDE pixels."""
+    found = prepare_image(payload, Rules.from_config(encode_config(image_size=SIDE, **changes)))
+    assert isinstance(found, Picture), found
+    assert found.pixels.dtype == np.uint8 and found.pixels.shape == (SIDE, SIDE, 3)
+    return found

@@ -45,6 +45,15 @@ def test_size_follows_the_pictures_up_to_what_cores_can_paint(
     assert config.encode.min_side == (size if side >= size else 16)
 
 
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (3, 2), (16, 8)])
+def test_the_first_stage_takes_the_cores_that_share_its_batches(
+    tmp_path: Path, cores: int, processes: int
+) -> None:
+    config = proposed(facts_of(tmp_path, [(64, 64)] * 20), Machine("cpu", cores, 0)).config
+    assert config.first_stage is not None and config.first_stage.processes == processes
+    assert config.first_stage_threads * processes <= cores
+
+
 def test_large_pictures_with_much_time_get_a_smaller_latent(tmp_path: Path) -> None:
     found = proposed(facts_of(tmp_path, [(200, 200)] * 20), Machine("cpu", 2, 8, minutes=180))
     assert found.config.encode.image_size == 128 and found.config.model.sample_size == 16

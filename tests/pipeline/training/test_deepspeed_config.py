@@ -9,9 +9,12 @@ from pipeline.errors import ConfigError
 from pipeline.training.deepspeed_config import derive_deepspeed_config
 
 
-def derive(world_size: int = 2, micro_batches: int = 2, **engine: Any) -> dict[str, Any]:
+def derive(
+    world_size: int = 2, micro_batches: int = 2, on_gpus: bool = True, **engine: Any
+) -> dict[str, Any]:
     section = EngineConfig(**({"global_batch": 16, "micro_batch": 4} | engine))
-    return derive_deepspeed_config(section, OptimizerConfig(clip_grad_norm=0.5), world_size, micro_batches)
+    optimizer = OptimizerConfig(clip_grad_norm=0.5)
+    return derive_deepspeed_config(section, optimizer, world_size, micro_batches, on_gpus=on_gpus)
 
 
 def test_counts_and_clipping_follow_from_the_config() -> None:
@@ -33,6 +36,25 @@ def test_stage(stage: int) -> None:
     assert derived["zero_optimization"]["stage"] == stage
     # 0.0 and not absent: DeepSpeed reads absent as 1.0, and at stage 0 the engine clips.
     assert derived["gradient_clipping"] == (0.5 if stage else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "on_gpus", "engine", "overlaps"),
+    [
+        (8, True, {}, True),
+        (1, True, {}, False),
+        (8, False, {}, False),
+        (8, True, {"reduction": "after_backward"}, False),
+        (1, False, {"reduction": "during_backward"}, True),
+        (1, False, {"zero_stage": 2, "reduction": "after_backward"}, True),
+        (1, False, {"precision": "fp32", "offload_optimizer": True}, True),
+    ],
+)
+def test_gradients_are_reduced_where_something_hides_it(
+    world_size: int, on_gpus: bool, engine: dict[str, Any], overlaps: bool
+) -> None:
+    zero = derive(world_size, 2, on_gpus, **engine)["zero_optimization"]
+    assert zero["overlap_comm"] is zero["contiguous_gradients"] is overlaps
 
 
 def test_precisions() -> None:
