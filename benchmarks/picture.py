@@ -6,6 +6,7 @@
 Two judges. `network`: the nearest real picture in a feature space that took no part in training (judge/features.py).
 `clip`: the best caption by the run's own CLIP, which is the judge of its own text states and a lenient one.
 Ceiling: the real pictures themselves; `decoded`: real pictures through the autoencoder; floor: captions shuffled.
+`among decoded`: the nearest real picture after the autoencoder, whose blur both sides then share: what the U-Net has learnt.
 Writes RUN/picture.json and RUN/picture.png (each caption's real picture beside the painted one).
 """
 
@@ -117,6 +118,7 @@ def judge(run: Path, held_out: str | None, guidance_scale: float | None = None) 
     scores: dict[str, Score] = {
         "network": rank_score(network(painted), answers, own),
         "network decoded": rank_score(network(again), answers, own),
+        "network among decoded": rank_score(network(painted), network(again), own),
         "network ceiling": rank_score(answers, answers, own),
         "network floor": floor_score(network(painted), answers, own),
         "clip": rank_score(clip.pictures(painted), captions, own),
@@ -129,12 +131,12 @@ def judge(run: Path, held_out: str | None, guidance_scale: float | None = None) 
         column, _, value = held_out.partition("=")
         new = held_out_pairs(config, column, value)
         wanted = generator.paint(new.captions, seed=sample.seed + 1, sample=sample)
-        everything = torch.cat([network(new.pictures_NHWC), network(real.pictures_NHWC)])
+        every = np.concatenate([new.pictures_NHWC, real.pictures_NHWC])
+        answers, blurred = network(every), network(decoded(generator, every))
         own = torch.arange(len(new.captions))
-        scores["held out"] = rank_score(network(wanted), everything, own)
-        scores["held out decoded"] = rank_score(
-            network(decoded(generator, new.pictures_NHWC)), everything, own
-        )
+        scores["held out"] = rank_score(network(wanted), answers, own)
+        scores["held out decoded"] = rank_score(blurred[own], answers, own)
+        scores["held out among decoded"] = rank_score(network(wanted), blurred, own)
         rows = [
             Pairs(np.concatenate([rows[0].pictures_NHWC, new.pictures_NHWC]), shown.captions + new.captions),
             Pairs(np.concatenate([painted, wanted]), shown.captions + new.captions),
@@ -152,7 +154,7 @@ def judge(run: Path, held_out: str | None, guidance_scale: float | None = None) 
         side_by_side = np.concatenate([rows[0].pictures_NHWC, rows[1].pictures_NHWC], axis=2)
         draw_grid(side_by_side, rows[0].captions).save(beside, format="PNG")
     for name, score in scores.items():
-        print(f"{name:18} {score}")
+        print(f"{name:22} {score}")
     return record
 
 
