@@ -8,12 +8,11 @@ input sample too: rejected(missing_file).
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.publish import file_digest, json_digest
+from pipeline.publish import json_digest
 from pipeline.storage import StoredFile
 from preprocessing.keys import output_key, shown, split_name
 from preprocessing.samples import IMAGE_SUFFIXES, NO_COLUMNS, Content, FileShard, RawSample, Run
@@ -37,7 +36,7 @@ class FolderShard(FileShard):
     """A stretch of the sorted keys of a folder."""
 
     def __init__(self, root: str, stem: str, groups: Sequence[Group]) -> None:
-        self.root, self.stem, self.expected = root, stem, None
+        self.root, self.stem, self.name, self.expected = root, stem, stem, None
         self._groups, self.estimate = groups, len(groups)
         self._rows = {group.key: group.row for group in groups}
 
@@ -59,23 +58,11 @@ class FolderShard(FileShard):
         """Return the size of all files together."""
         return sum(file.size_bytes for group in self._groups for file in group.files)
 
-    def identity(self) -> dict[str, Any]:
-        """Return stem, bytes and a sha256 over names and contents of the files and their rows.
-
-        In a store the version that it gives each file stands for the content.
-        """
-        remote = storage.is_remote(self.root)
-        digests: list[Any] = [
-            [file.name, file.version if remote else file_digest(Path(storage.join(self.root, file.name)))]
-            for group in self._groups
-            for file in group.files
-        ]
+    def version(self) -> str:
+        """Return one digest over names, sizes and times of the files, and their rows."""
+        files = [[file.name, file.version] for group in self._groups for file in group.files]
         rows = [[group.key, {k: str(v) for k, v in group.row.items()}] for group in self._groups if group.row]
-        return {
-            "name": self.stem,
-            "bytes": self.size_bytes(),
-            "sha256": json_digest([digests, rows] if rows else digests),
-        }
+        return json_digest([files, rows])
 
     def _label(self, run: Run) -> str:
         return shown(run.members[0][1].name)

@@ -6,7 +6,6 @@ pixel is decoded. Then: first frame, the centred part of the bucket's shape resi
 transparency laid over the configured background.
 """
 
-import hashlib
 import io
 import struct
 import warnings
@@ -131,10 +130,9 @@ def prepare_sample(
         raise
     except Exception as error:  # a decoder's bug must cost one sample, and be counted
         return Failure(type(error).__name__)
-    digest = hashlib.sha256(raw.image).hexdigest()
     remarks = _remarks(raw, captions, picture)
     return PreparedSample(
-        raw.key, raw.source_key, raw.source, digest, picture, appearance, captions.kept, remarks
+        raw.key, raw.source_key, raw.source, raw.image_sha256, picture, appearance, captions.kept, remarks
     )
 
 

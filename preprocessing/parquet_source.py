@@ -8,7 +8,7 @@ from pipeline.errors import DataError
 from preprocessing.keys import is_bad_key, output_key, shown
 from preprocessing.markers import REMEDY, lost
 from preprocessing.samples import MAX_IMAGE_BYTES, InputShard, RawSample
-from preprocessing.tables import file_identity, parquet_columns, parquet_rows
+from preprocessing.tables import parquet_columns, parquet_rows
 
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
 KEY_COLUMNS = ("key", "id", "__key__")
@@ -28,9 +28,9 @@ class ParquetShard(InputShard):
         """Return the size of the file."""
         return storage.stat_file(self.place).size_bytes
 
-    def identity(self) -> dict[str, Any]:
-        """Return name, bytes and digest of the file."""
-        return file_identity(self.place)
+    def version(self) -> str:
+        """Return that of the file."""
+        return storage.stat_file(self.place).version
 
     def samples(self, only: Container[str] | None = None) -> Iterator[RawSample]:
         """Yield a sample a row, in order; the key is the column `key`, `id` or `__key__`, else the row's number.

@@ -27,9 +27,9 @@ from preprocessing.filters import Rules
 from preprocessing.isolation import Limits, open_decoder
 from preprocessing.leases import Leases, note_work
 from preprocessing.sources import InputShard
-from preprocessing.worker import EncoderTurn, ShardJob, encode_shard
+from preprocessing.worker import INPUT_VERSION, EncoderTurn, ShardJob, encode_shard, with_digest
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raised whenever this package would make other bytes of the same input."""
 WAIT = -1
 POLLS, POLL_SECONDS = 20, 2.0
@@ -86,13 +86,17 @@ def validation_shares(shards: int, validation_samples: int) -> list[int]:
 def shard_fingerprint(
     encoder: Encoder, encode: EncodeConfig, shard: InputShard, validation_samples: int
 ) -> dict[str, Any]:
-    """Return all that decides the bytes of one output shard, as plain JSON data."""
+    """Return all that decides the bytes of one output shard but the digest of its samples, as plain JSON data."""
     return {
         "code": CODE_VERSION,
         "spec": encoder.spec.as_dict(),
         **encoder.fingerprint(),
         "preprocessing": {**Rules.from_config(encode).as_dict(), "batch": encode.batch},
-        "input": {**shard.identity(), "validation_samples": validation_samples},
+        "input": {
+            "name": shard.name,
+            "bytes": shard.size_bytes(),
+            "validation_samples": validation_samples,
+        },
     }
 
 
@@ -260,7 +264,9 @@ class _Job:
 
         if _is_finished(dataset, shard.stem):
             record = ShardRecord.load(shard_path(dataset, shard.stem, ".json"))
-            refuse_other_fingerprint(dataset, record, wanted)
+            unchanged = record.extra.get(INPUT_VERSION) == shard.version()
+            sha256 = record.fingerprint["input"].get("sha256") if unchanged else shard.digest()
+            refuse_other_fingerprint(dataset, record, with_digest(wanted, sha256))
             _refuse_other_size(shard_path(dataset, shard.stem, ".tar"), record.tar_bytes)
             advance(record.counts.read)
             return record, True

@@ -5,11 +5,14 @@ of a sample stand side by side. What is wrong with a sample's files is noted in 
 are left alone; damage to the shard itself condemns all of it, because only then do the counts stay exact.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from preprocessing.keys import is_bad_key, output_key, shown, split_name
@@ -45,6 +48,31 @@ class RawSample:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What a table of the input says of this sample: the parquet beside the tar, metadata.*, a parquet shard."""
 
+    @cached_property
+    def image_sha256(self) -> str:
+        """The digest of the picture's file, hexadecimal: computed once, by whoever asks first."""
+        return hashlib.sha256(self.image).hexdigest()
+
+
+class SamplesDigest:
+    """One sha256 over all that is read of a shard, sample by sample in input order: equal digests, equal output."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def add(self, raw: RawSample) -> None:
+        """Take the next sample."""
+        lengths = [None if part is None else len(part) for part in (raw.text, raw.json)]
+        columns = {str(name): str(value) for name, value in raw.columns.items()}
+        named = [raw.source_key, raw.problem, raw.suffix, raw.ignored_members]
+        head = json.dumps([*named, raw.image_sha256, *lengths, columns], sort_keys=True)
+        for part in (head.encode(), raw.text or b"", raw.json or b""):
+            self._sha.update(part)
+
+    def hexdigest(self) -> str:
+        """Return the digest of what has been taken so far."""
+        return self._sha.hexdigest()
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,6 +90,8 @@ class InputShard(ABC):
     """The unit of work: one input shard gives one output shard of the same stem."""
 
     stem: str
+    name: str
+    """What people call it: the file's name, or the stem."""
     expected: int | None
     """Samples that the input's own marker promises; None where it has none."""
     estimate: int | None
@@ -72,8 +102,8 @@ class InputShard(ABC):
         """Return the bytes of the input, without reading it."""
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return name, bytes and a digest: equal identities mean equal input."""
+    def version(self) -> str:
+        """Return what changes when the input is written anew, without reading it: local times, a store's etags."""
 
     @abstractmethod
     def samples(self, only: Container[str] | None = None) -> Iterator[RawSample]:
@@ -82,6 +112,17 @@ class InputShard(ABC):
         Raises:
             DataError: when the shard is damaged: nothing of it may be published then.
         """
+
+    def digest(self) -> str:
+        """Return the digest of all samples, by reading them: for who does not read them anyway.
+
+        Raises:
+            DataError: when the shard is damaged.
+        """
+        digest = SamplesDigest()
+        for raw in self.samples():
+            digest.add(raw)
+        return digest.hexdigest()
 
 
 class Content(Protocol):

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,20 +11,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.publish import file_digest
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 BATCH_ROWS = 64
 KEY = "key"
-
-
-def file_identity(place: str) -> dict[str, Any]:
-    """Return name, bytes and sha256 of the file; in a store its version stands for the content, read nowhere."""
-    found = storage.stat_file(place)
-    name = place.rpartition("/")[2]
-    if storage.is_remote(place):
-        return {"name": name, "bytes": found.size_bytes, "version": found.version}
-    return {"name": name, "bytes": found.size_bytes, "sha256": file_digest(Path(place))}
 
 
 def parquet_columns(place: str) -> list[str]:

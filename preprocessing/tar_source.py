@@ -12,11 +12,10 @@ from typing import Any, BinaryIO
 
 from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.publish import json_digest
 from preprocessing.markers import REMEDY, STATS_SUFFIX, lost
 from preprocessing.samples import NO_COLUMNS, Content, FileShard, Run, samples_in
 from preprocessing.strict_tar import BLOCK, DamagedTarError, Member, walk_open_tar
-from preprocessing.tables import file_identity, rows_by_key
+from preprocessing.tables import rows_by_key
 
 
 class TarShard(FileShard):
@@ -73,10 +72,10 @@ class TarShard(FileShard):
         """Return the size of the tar."""
         return storage.stat_file(self.place).size_bytes
 
-    def identity(self) -> dict[str, Any]:
-        """Return name, bytes and digest of the tar, and the digest of its table where a filter reads it."""
-        found = file_identity(self.place)
-        return found if self._table is None else {**found, "table": json_digest(file_identity(self._table))}
+    def version(self) -> str:
+        """Return that of the tar, and of its table where a filter reads it."""
+        places = [self.place] if self._table is None else [self.place, self._table]
+        return " ".join(storage.stat_file(place).version for place in places)
 
     def _label(self, run: Run) -> str:
         return self.name

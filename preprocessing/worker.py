@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,25 @@ from preprocessing.claims import claimed_temporary
 from preprocessing.encoded import EncodedBatch, Encoder
 from preprocessing.filters import Failure, Rejection, Rules
 from preprocessing.images import PreparedSample, prepare_sample
-from preprocessing.sources import InputShard, RawSample
+from preprocessing.samples import InputShard, RawSample, SamplesDigest
 from preprocessing.writer import Spool, WrittenShard, arrange, write_shard
+
+INPUT_VERSION = "input_version"
+"""In a marker's `extra`: what the input's files were told by when they were read."""
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to encode: how many of its samples go to validation, and all that decides its bytes."""
+    """One shard to encode: how many of its samples go to validation, and all else that decides its bytes."""
 
     shard: InputShard
     validation_samples: int
     fingerprint: dict[str, Any]
+
+
+def with_digest(fingerprint: Mapping[str, Any], sha256: str | None) -> dict[str, Any]:
+    """Return the fingerprint of a shard whose samples have that digest."""
+    return {**fingerprint, "input": {**fingerprint["input"], "sha256": sha256}}
 
 
 @dataclass
@@ -48,11 +56,17 @@ class _Ledger:
     """What became of every sample so far."""
 
     read: int = 0
+    input: SamplesDigest = field(default_factory=SamplesDigest)
     rejected: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Rows of the samples that were not written, in input order."""
+
+    def note(self, raw: RawSample) -> None:
+        """Note a sample that was read."""
+        self.read += 1
+        self.input.add(raw)
 
     def refuse(self, sample: RawSample | PreparedSample, outcome: Rejection | Failure) -> None:
         """Note a sample that is not written."""
@@ -212,14 +226,14 @@ def encode_shard(
     Raises:
         DataError: when the input is damaged (nothing is published), or other bytes have the output's name.
     """
-    started = time.monotonic()
+    started, version = time.monotonic(), job.shard.version()
     ledger, sums = _Ledger(), ChannelSums(turn.spec)
     with Spool(shard_path(dataset, job.shard.stem, ".tar").parent, turn.spec) as spool:
         encoding = _Encoding(turn, spool, ledger, sums, Batches(turn.batch))
         prepare = functools.partial(prepare_sample, rules=rules, decode=decoders.decode)
         with contextlib.closing(decoders.outcomes(job.shard.samples(), prepare)) as outcomes:
             for raw, outcome in outcomes:
-                ledger.read += 1
+                ledger.note(raw)
                 advance(1)
                 if isinstance(outcome, PreparedSample):
                     encoding.take(outcome)
@@ -233,8 +247,10 @@ def encode_shard(
         "seconds": round(time.monotonic() - started, 3),
         "remarks": dict(sorted(ledger.remarks.items())),
         "out_of_memory_retries": encoding.out_of_memory_retries,
+        INPUT_VERSION: version,
     }
-    record = _record(job, written, counts, sums, extra)
+    fingerprint = with_digest(job.fingerprint, ledger.input.hexdigest())
+    record = _record(job.shard.stem, fingerprint, written, counts, sums, extra)
     _publish_marker(shard_path(dataset, job.shard.stem, ".json"), record)
     return record
 
@@ -246,16 +262,21 @@ def _json_record(sample: PreparedSample, facts: dict[str, Any]) -> dict[str, Any
 
 
 def _record(
-    job: ShardJob, written: WrittenShard, counts: Counts, sums: ChannelSums, extra: dict[str, Any]
+    stem: str,
+    fingerprint: dict[str, Any],
+    written: WrittenShard,
+    counts: Counts,
+    sums: ChannelSums,
+    extra: dict[str, Any],
 ) -> ShardRecord:
     assert counts.unaccounted == 0 and len(written.rows) == counts.read, counts
     return ShardRecord(
-        stem=job.shard.stem,
+        stem=stem,
         counts=counts,
         tar_bytes=written.tar_bytes,
         tar_digest=written.tar_digest,
         parquet_digest=written.parquet_digest,
-        fingerprint=job.fingerprint,
+        fingerprint=fingerprint,
         segments=written.segments,
         statistics=sums.statistics(),
         extra=extra,

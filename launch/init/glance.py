@@ -78,9 +78,9 @@ class _GlancedFiles(FileShard):
         """Return the bytes of the input."""
         return self._shard.size_bytes()
 
-    def identity(self) -> dict[str, Any]:
-        """Return what tells this input from others."""
-        return self._shard.identity()
+    def version(self) -> str:
+        """Return what changes when the input is written anew."""
+        return self._shard.version()
 
     def _label(self, run: Run) -> str:
         return self._shard._label(run)

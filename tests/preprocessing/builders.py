@@ -173,7 +173,7 @@ def encode_one(
     rules = Rules.from_config(encode_config(max_captions=encoder.spec.max_captions, **changes))
     with Decoders(1, ahead=8) as decoders:
         return encode_shard(
-            ShardJob(shard, 0, {}), EncoderTurn(encoder), decoders, rules, out, lambda count: None
+            ShardJob(shard, 0, {"input": {}}), EncoderTurn(encoder), decoders, rules, out, lambda count: None
         )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.latents.shard import Counts
 from preprocessing.roster import OtherFingerprintError, Work, check_failures, encode_shards, validation_shares
+from preprocessing.samples import FileShard, RawSample
 from preprocessing.sources import list_shards
 from tests.preprocessing.builders import (
     NumpyEncoder,
@@ -192,6 +194,24 @@ def test_other_weights_and_other_input_are_refused(tmp_path: Path) -> None:
     write_input(source, {"00000": pairs(["changed"])})
     with pytest.raises(OtherFingerprintError, match=r"input\.bytes: .* input\.sha256: "):
         encode(source, tmp_path / "out")
+
+
+def test_going_on_reads_only_input_that_was_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = three_shards(tmp_path / "in")
+    encode(source, tmp_path / "out")
+    read: list[str] = []
+    samples = FileShard.samples
+
+    def noted(shard: FileShard, only: Container[str] | None = None) -> Iterator[RawSample]:
+        read.append(shard.stem)
+        return samples(shard, only)
+
+    monkeypatch.setattr(FileShard, "samples", noted)
+    assert encode(source, tmp_path / "out").finished_before == 3 and read == []
+    os.utime(source / "00001.tar")
+    assert encode(source, tmp_path / "out").finished_before == 3 and read == ["00001"]
 
 
 def test_a_tar_without_marker_with_other_bytes_is_an_error(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """Shards and folders are read whole or refused, and every file is accounted for."""
 
+import dataclasses
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.errors import DataError
 from preprocessing import samples, sources
+from preprocessing.samples import RawSample, SamplesDigest
 from preprocessing.sources import InputShard, list_shards
 from tests.preprocessing.builders import Files, image_file, noise, pair, pairs, tar_bytes, write_input
 
@@ -233,10 +237,39 @@ def test_shards_are_sorted_and_identified_by_content(tmp_path: Path) -> None:
     write_input(tmp_path, {"00002": pairs(["c"]), "00000": pairs(["a"]), "00001": pairs(["b"])})
     shards = list_shards(tmp_path)
     assert [shard.stem for shard in shards] == ["00000", "00001", "00002"]
-    before = shards[0].identity()
-    assert before["name"] == "00000.tar" and before["bytes"] == (tmp_path / "00000.tar").stat().st_size
+    before, version = shards[0].digest(), shards[0].version()
+    assert shards[0].name == "00000.tar" and shards[0].size_bytes() == (tmp_path / "00000.tar").stat().st_size
+    os.utime(tmp_path / "00000.tar")
+    assert shards[0].digest() == before and shards[0].version() != version
     write_input(tmp_path, {"00000": pairs(["a"], first_seed=9)})
-    assert list_shards(tmp_path)[0].identity()["sha256"] != before["sha256"]
+    assert list_shards(tmp_path)[0].digest() != before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"source_key": "b"},
+        {"problem": "orphan"},
+        {"image": b"other"},
+        {"text": b"other"},
+        {"text": None},
+        {"json": b""},
+        {"text": b"te", "json": b"xt"},
+        {"suffix": "png"},
+        {"ignored_members": 1},
+        {"columns": {"score": 2}},
+    ],
+    ids=str,
+)
+def test_the_digest_tells_all_that_is_read(changed: dict[str, Any]) -> None:
+    raw = RawSample("a", "a", "00000.tar", None, b"image", b"text", None, "jpg", 0, {"score": 1})
+    digests = []
+    for sample in (raw, dataclasses.replace(raw), dataclasses.replace(raw, **changed)):
+        digest = SamplesDigest()
+        digest.add(raw)
+        digest.add(sample)
+        digests.append(digest.hexdigest())
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_names_that_cannot_be_an_output_are_refused(tmp_path: Path) -> None:
@@ -264,9 +297,10 @@ def test_a_folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     raw = next(iter(shards[0].samples()))
     assert raw.text == b"picture number 2" and raw.source == "a.png" and raw.image == image_file(noise(2))
-    before = shards[2].identity()
+    before = shards[2].digest(), shards[2].version()
     (tmp_path / "sub folder/c.txt").write_bytes(b"another caption!")
-    assert list_shards(tmp_path)[2].identity()["sha256"] != before["sha256"]
+    again = list_shards(tmp_path)[2]
+    assert again.digest() != before[0] and again.version() != before[1]
 
 
 @pytest.mark.parametrize(

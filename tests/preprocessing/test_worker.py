@@ -37,7 +37,7 @@ from tests.preprocessing.builders import (
 def encode(shard: InputShard, out: Path, encoder: NumpyEncoder | None = None, **changes: Any) -> ShardRecord:
     encoder = encoder or NumpyEncoder()
     rules = Rules.from_config(encode_config(max_captions=encoder.spec.max_captions, **changes))
-    job = ShardJob(shard, 2, {"of": "test"})
+    job = ShardJob(shard, 2, {"input": {"name": "test"}})
     with Decoders(2, ahead=8) as decoders:
         return encode_shard(job, EncoderTurn(encoder), decoders, rules, out, lambda count: None)
 
@@ -194,7 +194,7 @@ def test_another_workers_marker_must_agree(tmp_path: Path) -> None:
     first = encode(shard, tmp_path / "out")
     assert encode(shard, tmp_path / "out").tar_digest == first.tar_digest
     path = shard_path(tmp_path / "out", "00000", ".json")
-    path.write_text(path.read_text().replace('"of": "test"', '"of": "else"'))
+    path.write_text(path.read_text().replace('"name": "test"', '"name": "else"'))
     with pytest.raises(DataError, match="another worker committed this shard"):
         encode(shard, tmp_path / "out")
 
