@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 GALLERY_PROMPTS = 4
 FAST = (
     "name=demo-fast",
+    "first_stage.autoencoder.perceptual.steps=20",
     "first_stage.autoencoder.steps=40",
     "first_stage.autoencoder.checkpoint_every=15",
     "first_stage.clip.steps=30",

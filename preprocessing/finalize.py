@@ -37,7 +37,8 @@ from preprocessing.encoded import stored_tokens
 from preprocessing.encoder import TextEncoder
 from preprocessing.filters import Rules
 from preprocessing.leases import remove_leases
-from preprocessing.roster import check_failures, validation_shares
+from preprocessing.refusals import check_failures
+from preprocessing.roster import validation_shares
 from preprocessing.sources import InputShard, left_out_shards, list_shards
 
 LOG = logging.getLogger(__name__)

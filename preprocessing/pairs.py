@@ -17,7 +17,8 @@ from pipeline.errors import DataError
 from pipeline.latents.shard import Counts
 from preprocessing.filters import Rejection, Rules
 from preprocessing.images import PreparedSample, prepare_sample
-from preprocessing.roster import check_failures, validation_shares
+from preprocessing.refusals import check_failures
+from preprocessing.roster import validation_shares
 from preprocessing.sources import list_shards
 from preprocessing.writer import validation_keys
 

@@ -6,9 +6,7 @@ depend on the worker, so two workers on one shard waste time and nothing else.
 """
 
 import contextlib
-import errno
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -17,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EncodeConfig
-from pipeline.errors import DataError, PipelineError
-from pipeline.latents.shard import Counts, ShardRecord, fingerprint_difference, shard_path
+from pipeline.errors import DataError
+from pipeline.latents.shard import Counts, ShardRecord, shard_path
 from pipeline.progress import Progress, progress_bar
 from preprocessing.ahead import Decoders
 from preprocessing.claims import remove_dead_temporaries
@@ -26,6 +24,13 @@ from preprocessing.encoded import Encoder
 from preprocessing.filters import Rules
 from preprocessing.isolation import Limits, open_decoder
 from preprocessing.leases import Leases, note_work
+from preprocessing.refusals import (
+    OtherFingerprintError,
+    check_failures,
+    refuse_other_fingerprint,
+    refuse_other_size,
+    storage_complaint,
+)
 from preprocessing.sources import InputShard
 from preprocessing.worker import INPUT_VERSION, EncoderTurn, ShardJob, encode_shard, with_digest
 
@@ -34,7 +39,6 @@ CODE_VERSION = 4
 WAIT = -1
 POLLS, POLL_SECONDS = 20, 2.0
 """The leases of others are looked at so often within the life of a lease, and every two seconds at least."""
-STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
 
 
 @dataclass(frozen=True)
@@ -138,36 +142,6 @@ def cores_for(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-@contextlib.contextmanager
-def storage_complaint(dataset: Path) -> Iterator[None]:
-    """Turn what the file system refuses for good into one line that says what to do.
-
-    Raises:
-        PipelineError: for a full, read-only or forbidden disk. Any other error goes through.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
-            raise
-        where = error.filename or dataset
-        raise PipelineError(
-            f"{where}: {os.strerror(error.errno)}{_free_bytes(dataset)}; mend that and run the same command again: "
-            "finished shards stay, the others are encoded anew"
-        ) from None
-
-
-def _free_bytes(folder: Path) -> str:
-    with contextlib.suppress(OSError):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        return f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)"
-    return ""
-
-
-class OtherFingerprintError(DataError):
-    """A finished shard was made with other settings, weights, versions or input."""
-
-
 class _StoppedError(Exception):
     """Another thread of this worker has failed: its error is the one to tell."""
 
@@ -267,53 +241,11 @@ class _Job:
             unchanged = record.extra.get(INPUT_VERSION) == shard.version()
             sha256 = record.fingerprint["input"].get("sha256") if unchanged else shard.digest()
             refuse_other_fingerprint(dataset, record, with_digest(wanted, sha256))
-            _refuse_other_size(shard_path(dataset, shard.stem, ".tar"), record.tar_bytes)
+            refuse_other_size(shard_path(dataset, shard.stem, ".tar"), record.tar_bytes)
             advance(record.counts.read)
             return record, True
         job = ShardJob(shard, validation_samples, wanted)
         return encode_shard(job, self._turn, self._decoders, self._rules, dataset, advance), False
-
-
-def refuse_other_fingerprint(dataset: Path, record: ShardRecord, wanted: dict[str, Any]) -> None:
-    """Do nothing if the shard was made with `wanted`.
-
-    Raises:
-        OtherFingerprintError: naming every field that differs with both values.
-    """
-    lines = fingerprint_difference(record.fingerprint, wanted)
-    if lines:
-        path = shard_path(dataset, record.stem, ".json")
-        raise OtherFingerprintError(
-            f"{path}: this shard is finished, but made with something else: {'; '.join(lines)}; set it back, or "
-            "encode into a new folder"
-        )
-
-
-def _refuse_other_size(tar: Path, size_bytes: int) -> None:
-    """Raise a DataError with both sizes if a finished tar is not as long as its marker says: that is cheap to see."""
-    if (found := tar.stat().st_size) != size_bytes:
-        raise DataError(
-            f"{tar}: finished, but has {found} bytes instead of the {size_bytes} in its marker; remove the shard's three "
-            "files and encode again"
-        )
-
-
-def check_failures(counts: Counts, max_failed_fraction: float) -> None:
-    """Do nothing while the share of failed samples is within bounds.
-
-    Raises:
-        DataError: with the errors and how often each came.
-    """
-    failed = sum(counts.failed.values())
-    if failed > max_failed_fraction * counts.read:
-        raise DataError(
-            f"{failed} of {counts.read} samples failed ({_listed(counts.failed)}), encode.max_failed_fraction allows "
-            f"{max_failed_fraction:g}; the parquet files name them; mend or remove them, or raise the limit"
-        )
-
-
-def _listed(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
 def _is_finished(dataset: Path, stem: str) -> bool:

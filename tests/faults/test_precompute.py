@@ -19,7 +19,8 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.latents.shard import ShardRecord, shard_path
 from preprocessing.encoded import EncodedBatch
-from preprocessing.roster import OtherFingerprintError, Work, encode_shards
+from preprocessing.refusals import OtherFingerprintError
+from preprocessing.roster import Work, encode_shards
 from preprocessing.sources import list_shards
 from tests.faults.outcome import run_to_end
 from tests.faults.tmpfs import SmallTmpfs

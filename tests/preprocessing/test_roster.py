@@ -15,7 +15,8 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.latents.shard import Counts
-from preprocessing.roster import OtherFingerprintError, Work, check_failures, encode_shards, validation_shares
+from preprocessing.refusals import OtherFingerprintError, check_failures
+from preprocessing.roster import Work, encode_shards, validation_shares
 from preprocessing.samples import FileShard, RawSample
 from preprocessing.sources import list_shards
 from tests.preprocessing.builders import (

@@ -17,8 +17,9 @@ import pytest
 from pipeline import storage
 from pipeline.errors import DataError
 from preprocessing.finalize import finalize_dataset
+from preprocessing.refusals import OtherFingerprintError
 from preprocessing.report import compare
-from preprocessing.roster import OtherFingerprintError, Work, encode_shards
+from preprocessing.roster import Work, encode_shards
 from preprocessing.sources import list_shards
 from preprocessing.verify import verify_dataset
 from tests.builders import tiny_config

@@ -11,6 +11,7 @@ from pipeline.training.fragments import Fragment
 from pipeline.training.saving.plan import Plan
 from pipeline.training.saving.retention import Retention
 from pipeline.training.saving.save import Checkpoints
+from pipeline.training.saving.state import RunState
 from pipeline.training.world import World
 
 SHAPES = {"layer.weight": (4, 3), "layer.bias": (5,)}
@@ -70,3 +71,8 @@ def stand_in_checkpoints(
         tracker_run_id=lambda: "run-7",
     )
     return checkpoints, ema
+
+
+def state_after(step: int) -> RunState:
+    """Return the state of a run after `step` steps of 8 samples."""
+    return RunState(step=step, samples=8 * step, interval=[0.1 * step, float(step)])
