@@ -6,7 +6,7 @@ Every rate stands in one table with what was measured. Work is counted in closed
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import AutoencoderConfig, ClipConfig, RunConfig
+from pipeline.config import AutoencoderConfig, ClipConfig, PerceptualConfig, RunConfig
 from pipeline.paths import RunPaths
 from pipeline.plan.devices import Site, device_named
 from pipeline.plan.encoders import Encoder, TextTower
@@ -18,13 +18,13 @@ from pipeline.plan.workload import workload_of
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage of configs/small.yaml as it was timed: so many steps of so many samples took so long."""
+    """A stage of the demo as it was timed: so many steps of so many samples took so long."""
 
     steps: int
     batch: int
     seconds: float
     gflops_a_sample: float
-    """Forward and backward, by this file's closed forms for the demo's sizes at that time."""
+    """Forward and backward, by this file's closed forms for the demo's sizes."""
 
     @property
     def gflops_a_core_second(self) -> float:
@@ -33,14 +33,16 @@ class Measured:
 
 
 MEASURED_CORES = 2
-MEASURED_ON = "two cores of an AMD EPYC with AVX-512 BF16, torch 2.13 (configs/small.yaml)"
+MEASURED_ON = "two cores of an AMD EPYC with AVX-512 BF16, torch 2.13 (configs/demo.yaml, configs/long.yaml)"
 MEASURED = {
-    # f4, widths 16, 32, 64, 64 px, bf16: "about six minutes" in configs/small.yaml.
-    "autoencoder": Measured(steps=2000, batch=8, seconds=360.0, gflops_a_sample=1.686),
-    # Width 128, 3 + 2 layers, patch 16, 24 tokens, fp32: "about a minute and a half" there.
-    "clip": Measured(steps=500, batch=96, seconds=90.0, gflops_a_sample=0.128),
-    # 10.86 M parameters on 16x16 latents, two processes of one thread, ZeRO-1, bf16 autocast: the log of a whole demo.
-    "train": Measured(steps=1000, batch=32, seconds=646.0, gflops_a_sample=2.482),
+    # Three convolutions, fp32, two processes of one thread: ldm demo --long.
+    "features": Measured(steps=300, batch=64, seconds=32.0, gflops_a_sample=0.2202),
+    # f8, widths 16 to 128, 64 px, bf16, two processes of one thread: the same run.
+    "autoencoder": Measured(steps=8500, batch=8, seconds=1250.0, gflops_a_sample=1.993),
+    # Width 128, 3 + 2 layers, patch 16, 24 tokens, fp32, two processes of one thread: the same run.
+    "clip": Measured(steps=800, batch=96, seconds=200.0, gflops_a_sample=0.1293),
+    # 15.6 M parameters on 8x8 latents, one process of two threads, bf16 autocast: the log of a whole demo.
+    "train": Measured(steps=1600, batch=32, seconds=820.0, gflops_a_sample=1.979),
 }
 START_SECONDS = 45.0
 """Of the chain that no work explains: seven starts of torch, DeepSpeed's meeting, the export."""
@@ -74,6 +76,21 @@ def autoencoder_gflops(section: AutoencoderConfig, image_size: int) -> float:
     return 3 * both * encoder.flops(side, side) / 1e9
 
 
+def trains_features(section: AutoencoderConfig) -> bool:
+    """Return whether a feature network is trained before the autoencoder."""
+    return section.perceptual.weight > 0 and section.perceptual.network is None
+
+
+def features_gflops(section: PerceptualConfig, image_size: int) -> float:
+    """Return forward and backward of both views of one picture through a network of three strided convolutions."""
+    flops, channels = 0, 3
+    for level in range(1, 4):
+        wider = section.width * 2 ** (level - 1)
+        flops += 2 * 16 * channels * wider * (image_size // 2**level) ** 2
+        channels = wider
+    return 3 * 2 * flops / 1e9
+
+
 def clip_gflops(section: ClipConfig, image_size: int) -> float:
     """Return forward and backward of one pair."""
     text = TextTower(section.width, section.text_layers, section.vocabulary, section.max_tokens)
@@ -103,7 +120,9 @@ def stage_costs(config: RunConfig, samples: int, cores: int) -> list[StageCost]:
         config.first_stage.clip,
         config.encode.image_size,
     )
+    perceptual = autoencoder.perceptual
     parts = (
+        ("features", perceptual.steps, perceptual.batch, features_gflops(perceptual, size)),
         ("autoencoder", autoencoder.steps, autoencoder.batch, autoencoder_gflops(autoencoder, size)),
         ("clip", clip.steps, clip.batch, clip_gflops(clip, size)),
         ("train", config.train.steps, config.engine.global_batch, network_gflops(config)),
@@ -115,6 +134,7 @@ def stage_costs(config: RunConfig, samples: int, cores: int) -> list[StageCost]:
             f"{steps:,} steps of {batch}, {work:.2f} GFLOP each",
         )
         for stage, steps, batch, work in parts
+        if stage != "features" or trains_features(autoencoder)
     ]
     return [*costs, StageCost("all else", other_seconds(samples, size, cores), "reading, encoding, starts")]
 

@@ -9,10 +9,12 @@ from launch.init.cost import (
     SHAPES,
     autoencoder_gflops,
     clip_gflops,
+    features_gflops,
     network_gflops,
     other_seconds,
     stage_costs,
     step_seconds,
+    trains_features,
     visits_words,
 )
 from launch.init.glance import spread
@@ -39,15 +41,17 @@ from launch.init.shapes import (
 from pipeline.config import RunConfig
 from pipeline.errors import DataError
 
-BASE = "small.yaml"
+BASE = "demo.yaml"
 PROMPTS = 16
 """Pictures in the grid."""
 SIZES = (32, 64)
 LARGE, LARGE_MINUTES = 128, 120
-LATENT_SIDE = 16
-"""Largest side of the latents: attention and convolutions on more positions are too slow for cores."""
-AUTOENCODER_SHARE, CLIP_SHARE = 0.32, 0.08
-"""Of the time: configs/small.yaml gives its stages 6, 1.5 and 11 minutes."""
+LATENT_SIDES = (8, 16)
+"""Smallest and largest side of the latents: less keeps too little of a picture, more is too slow for cores."""
+AUTOENCODER_SHARE, FEATURES_SHARE, CLIP_SHARE = 0.38, 0.038, 0.04
+"""Of the time, as the demo gives it to its stages; the features' is a part of the autoencoder's."""
+LEAST_JUDGED = 8
+"""Validation pictures without which scores of painted pictures say nothing."""
 LEAST_VISITS_A_PICTURE = 20
 """Where many pictures share a caption."""
 LEAST_PAIRS = 8
@@ -109,6 +113,13 @@ def _choose_split(choices: Choices, facts: Facts) -> int:
     choices.set(
         "encode.validation_samples", kept, f"about a twentieth of the {usable:,} usable pairs, at most 64"
     )
+    choices.set("encode.filters", [], "all that is usable")
+    choices.set("evaluate.max_samples", max(1, kept), "the whole validation split")
+    choices.set("evaluate.batch", max(1, kept), "in one batch")
+    if kept < LEAST_JUDGED:
+        choices.set(
+            "evaluate.metrics", [], f"{kept} validation pictures are too few to judge painted ones by"
+        )
     return usable - kept
 
 
@@ -146,10 +157,13 @@ def _choose_shapes(choices: Choices, base: RunConfig, facts: Facts, size: int, b
 
 
 def _autoencoder_widths(base: RunConfig, size: int) -> tuple[int, ...]:
-    """Return the widths: one more halving where the latents would have more than 16 positions a side."""
+    """Return the widths: a halving less or more than the demo's where its latents would be too small or too large."""
     assert base.first_stage is not None
     widths = base.first_stage.autoencoder.block_out_channels
-    while size // 2 ** (len(widths) - 1) > LATENT_SIDE:
+    least, most = LATENT_SIDES
+    while size // 2 ** (len(widths) - 1) < least:
+        widths = widths[:-1]
+    while size // 2 ** (len(widths) - 1) > most:
         widths = (*widths, widths[-1])
     return widths
 
@@ -162,7 +176,7 @@ def _choose_first_stage(choices: Choices, base: RunConfig, facts: Facts, size: i
     choices.set(
         "first_stage.autoencoder.block_out_channels",
         list(widths),
-        f"f{factor}: latents of {size // factor}x{size // factor}; f4 keeps more than f8, beyond 16x16 it is too slow",
+        f"f{factor}: latents of {size // factor}x{size // factor}; more places keep more of a picture and cost visits",
     )
     patch = clip.patch if size >= 4 * clip.patch else max(1, size // 4)
     choices.set("first_stage.clip.patch", patch, f"{(size // patch) ** 2} patches a picture")
@@ -183,6 +197,8 @@ def _choose_first_stage(choices: Choices, base: RunConfig, facts: Facts, size: i
         batch,
         f"the contrastive negatives, of {facts.concepts:,} different captions",
     )
+    views = min(base.first_stage.autoencoder.perceptual.batch, batch)
+    choices.set("first_stage.autoencoder.perceptual.batch", views, "pictures to tell apart at once")
 
 
 def _choose_network(choices: Choices, base: RunConfig, size: int) -> None:
@@ -209,49 +225,10 @@ def _choose_prompts(choices: Choices, facts: Facts) -> None:
 
 def _choose_length(choices: Choices, config: RunConfig, facts: Facts, machine: Machine, pairs: int) -> float:
     """Choose all steps by the time there is; return the visits of each concept."""
-    assert config.first_stage is not None
-    autoencoder, clip, size = (
-        config.first_stage.autoencoder,
-        config.first_stage.clip,
-        config.encode.image_size,
-    )
     budget = (machine.minutes or USUAL_MINUTES) * 60
-    free = max(0.2 * budget, budget - other_seconds(facts.usable, size, machine.cores))
-    spent = 0.0
-    for stage, section, work, share in (
-        ("autoencoder", autoencoder, autoencoder_gflops(autoencoder, size), AUTOENCODER_SHARE),
-        ("clip", clip, clip_gflops(clip, size), CLIP_SHARE),
-    ):
-        a_step = step_seconds(stage, work, section.batch, machine.cores)
-        steps = _round(min(share * free / a_step, 3 * section.steps), 30)
-        spent += steps * a_step
-        epochs = steps * section.batch / pairs
-        key = f"first_stage.{stage}"
-        choices.set(
-            f"{key}.steps",
-            steps,
-            f"about {steps * a_step / 60:.1f} minutes, {epochs:.0f} visits of each picture",
-        )
-        choices.set(
-            f"{key}.warmup_steps", min(section.warmup_steps, steps // 10), "a tenth of the steps at most"
-        )
-        choices.set(
-            f"{key}.checkpoint_every", max(10, steps // 8), "an eighth of the steps: a kill costs little"
-        )
-    sharing = max(
-        count
-        for count in range(1, min(machine.cores, MOST_PROCESSES) + 1)
-        if autoencoder.batch % count == 0 == clip.batch % count
-    )
-    choices.set(
-        "first_stage.processes", sharing, "a core each as far as they share the batches: faster than threads"
-    )
-    scaled = round(
-        autoencoder.adversarial.start * choices.values["first_stage.autoencoder.steps"] / autoencoder.steps
-    )
-    choices.set(
-        "first_stage.autoencoder.adversarial.start", scaled, "the same part of the steps as in the demo"
-    )
+    free = max(0.2 * budget, budget - other_seconds(facts.usable, config.encode.image_size, machine.cores))
+    spent = _choose_first_stage_length(choices, config, machine, pairs, free)
+    _choose_processes(choices, config, machine)
     batch = config.engine.global_batch
     a_step = step_seconds("train", network_gflops(config), batch, machine.cores)
     concepts = min(facts.concepts, pairs)
@@ -265,6 +242,62 @@ def _choose_length(choices: Choices, config: RunConfig, facts: Facts, machine: M
         f"about {steps * a_step / 60:.1f} minutes; {visits:.0f} visits of each of {concepts:,} concepts",
     )
     return visits
+
+
+def _choose_first_stage_length(
+    choices: Choices, config: RunConfig, machine: Machine, pairs: int, free: float
+) -> float:
+    """Choose the steps of what is trained first, of `free` seconds for the whole; return the seconds it takes."""
+    assert config.first_stage is not None
+    autoencoder, clip, size = (
+        config.first_stage.autoencoder,
+        config.first_stage.clip,
+        config.encode.image_size,
+    )
+    spent = 0.0
+    if trains_features(autoencoder):
+        network = autoencoder.perceptual
+        a_step = step_seconds("features", features_gflops(network, size), network.batch, machine.cores)
+        steps = _round(min(FEATURES_SHARE * free / a_step, network.steps), 10)
+        spent = steps * a_step
+        said = f"about {spent / 60:.1f} minutes, a tenth of the autoencoder's at most"
+        choices.set("first_stage.autoencoder.perceptual.steps", steps, said)
+    for stage, section, work, seconds in (
+        ("autoencoder", autoencoder, autoencoder_gflops(autoencoder, size), AUTOENCODER_SHARE * free - spent),
+        ("clip", clip, clip_gflops(clip, size), CLIP_SHARE * free),
+    ):
+        a_step = step_seconds(stage, work, section.batch, machine.cores)
+        steps = _round(min(seconds / a_step, 3 * section.steps), 30)
+        spent += steps * a_step
+        said = f"about {steps * a_step / 60:.1f} minutes, {steps * section.batch / pairs:.0f} visits of each picture"
+        warmup_steps = min(section.warmup_steps, steps // 10)
+        key = f"first_stage.{stage}"
+        choices.set(f"{key}.steps", steps, said)
+        choices.set(f"{key}.warmup_steps", warmup_steps, "a tenth of the steps at most")
+        choices.set(
+            f"{key}.checkpoint_every", max(10, steps // 8), "an eighth of the steps: a kill costs little"
+        )
+    scaled = round(
+        autoencoder.adversarial.start * choices.values["first_stage.autoencoder.steps"] / autoencoder.steps
+    )
+    choices.set(
+        "first_stage.autoencoder.adversarial.start", scaled, "the same part of the steps as in the demo"
+    )
+    return spent
+
+
+def _choose_processes(choices: Choices, config: RunConfig, machine: Machine) -> None:
+    assert config.first_stage is not None
+    autoencoder = config.first_stage.autoencoder
+    batches = (autoencoder.batch, autoencoder.perceptual.batch, config.first_stage.clip.batch)
+    sharing = max(
+        count
+        for count in range(1, min(machine.cores, MOST_PROCESSES) + 1)
+        if all(batch % count == 0 for batch in batches)
+    )
+    choices.set(
+        "first_stage.processes", sharing, "a core each as far as they share the batches: faster than threads"
+    )
 
 
 def _choose_training(choices: Choices, config: RunConfig, steps: int, said: str) -> None:
@@ -284,8 +317,6 @@ def _choose_training(choices: Choices, config: RunConfig, steps: int, said: str)
     choices.set(
         "ema.decay", decay, f"averages about {1 / (1 - decay):.0f} steps, a tenth of a short run at most"
     )
-    kept = choices.values["encode.validation_samples"]
-    choices.set("evaluate.max_samples", max(1, kept), "the whole validation split")
 
 
 def _round(steps: float, least: int) -> int:
