@@ -2,8 +2,8 @@
 
     python -m benchmarks.profile_step --at-most 0.03      # fails where the rest is more
 
-The demo's U-Net on a quarter of its batch with latents of four times the area, our loader, loss, engine and average, one
-process and one thread. The parts are ranges that are marked from outside, by wrapping what the loop calls: nothing in the
+The run of configs/demo.yaml on latents and texts of its shapes: its U-Net, batch, engine, precision and threads, our loader,
+loss and average. The parts are ranges that are marked from outside, by wrapping what the loop calls: nothing in the
 product knows of it. `engine` is what DeepSpeed does around the others; its hooks inside the backward pass stay in
 `backward`. The rest is ours: loader, posterior, noise, loss, average, bookkeeping; average and data are told apart.
 """
@@ -21,8 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.harness.conditions import conditions_now
-from benchmarks.step import write_data
-from pipeline.config import DataConfig, EmaConfig, RunConfig
+from benchmarks.step import write_dataset
+from pipeline.config import DataConfig, RunConfig
 from pipeline.config_file import load_config
 from pipeline.data.loader import LatentLoader
 from pipeline.latents.reader import LatentDataset
@@ -58,18 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises: SystemExit with code 1 where what is ours takes more than `--at-most`.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_step", description=__doc__)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
         "--at-most", type=float, help="largest share outside U-Net, optimizer, engine and collectives"
     )
     parser.add_argument("--out-dir", type=Path, default=REPOSITORY / "benchmarks" / "results")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    config = load_config(REPOSITORY / "configs" / "demo.yaml")
+    assert config.engine.processes == 1, "the ranges are marked in this process"
+    torch.set_num_threads(config.engine.threads)
     world = start_world(0, 1, 0, "127.0.0.1", 0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            dataset, _ = write_data(Path(folder))
-            found = shares(world, dataset, options.steps)
+            found = shares(world, config, write_dataset(Path(folder), "demo"), options.steps)
     finally:
         end_world()
     write_json(options.out_dir / "profile_step.json", found)
@@ -84,18 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def demo_config() -> RunConfig:
-    """Return the demo's config on one process, fitted to the data set that is made for it: text width and batch."""
-    config = load_config(REPOSITORY / "configs" / "small.yaml")
-    batch = config.engine.micro_batch // 4
-    engine = config.engine.model_copy(update={"processes": 1, "global_batch": batch, "micro_batch": batch})
-    model = config.model.model_copy(update={"cross_attention_dim": 64})
-    return config.model_copy(update={"engine": engine, "model": model})
-
-
-def shares(world: World, dataset: Path, steps: int) -> dict[str, Any]:
+def shares(world: World, config: RunConfig, dataset: Path, steps: int) -> dict[str, Any]:
     """Return the file's content: seconds a step, and the share of each part in it."""
-    config = demo_config()
     network = UNet(config.model)
     _wrap(network, "forward", "network")
     engine = Engine(network, engine=config.engine, optimizer=config.optimizer, world=world, micro_batches=1)
@@ -103,7 +94,7 @@ def shares(world: World, dataset: Path, steps: int) -> dict[str, Any]:
     _wrap(engine.network, "forward", "engine_forward")
     _wrap(engine.network, "backward", "engine_backward")
     with closing(engine), closing(LatentDataset(dataset)) as reader:
-        ema, stop = Ema(Fragments(engine, world), EmaConfig()), Stop(world)
+        ema, stop = Ema(Fragments(engine, world), config.ema), Stop(world)
         train_step = TrainStep(
             config, world, engine, reader.spec, StoredText(reader, world.device, pooled=False)
         )

@@ -197,22 +197,27 @@ def same_loss(example: Example, train_step: TrainStep, batch: LatentBatch) -> No
     torch.testing.assert_close(loss_B.mean(), theirs, rtol=1e-4, atol=1e-5)
 
 
-def write_data(folder: Path) -> tuple[Path, list[bytes]]:
-    """Write our data set, and return it with as many pictures as JPEG."""
-    dataset = build(folder, "step", SAMPLES)
-    draw = np.random.default_rng(0)
+def write_dataset(folder: Path, size: str) -> Path:
+    """Write a data set of `SPECS[size]` with its null text and return its folder."""
+    dataset = build(folder, size, SAMPLES)
     files = {}
-    for member in SPECS["step"].text_members(1):
+    for member in SPECS[size].text_members(1):
         write_bytes(dataset / "null" / f"{member.name}.npy", npy_bytes(np.zeros(member.shape, member.dtype)))
         files[member.name] = file_digest(dataset / "null" / f"{member.name}.npy")
     replace(Manifest.load(dataset), null=files).save(dataset)
+    return dataset
+
+
+def write_pictures() -> list[bytes]:
+    """Return as JPEG files what the example decodes in each step."""
+    draw = np.random.default_rng(0)
     pictures = []
     for _ in range(16):
         small = Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8))
         stream = io.BytesIO()
         small.resize((PIXELS, PIXELS)).save(stream, "JPEG", quality=90)
         pictures.append(stream.getvalue())
-    return dataset, pictures
+    return pictures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = start_world(0, 1, 0, "127.0.0.1", 0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            dataset, pictures = write_data(Path(folder))
+            dataset, pictures = write_dataset(Path(folder), "step"), write_pictures()
             comparisons = [
                 against_example(world, stage, dataset, Example(pictures), options) for stage in (0, 1)
             ]

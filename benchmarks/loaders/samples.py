@@ -17,6 +17,8 @@ from pipeline.latents.spec import Bucket, LatentSpec
 from pipeline.publish import file_digest
 
 BUCKET: Bucket = (256, 256)
+BUCKETS: dict[str, Bucket] = {"demo": (64, 64)}
+"""Sizes whose pictures are not of BUCKET."""
 SHARD_SAMPLES = 256
 SPECS = {
     # Token ids stand for the text: 8,192 + 154 bytes.
@@ -25,12 +27,14 @@ SPECS = {
     "126KB": LatentSpec("mean", 4, 8, 0.18215, 0.0, "embeddings", 77, 768, None, 1),
     # For a small U-Net whose text is 64 wide; the posterior is sampled anew.
     "step": LatentSpec("moments", 4, 8, 0.18215, 0.0, "embeddings", 77, 64, None, 1),
+    # What `ldm demo` trains on.
+    "demo": LatentSpec("moments", 8, 8, 0.57, 0.0, "embeddings", 24, 128, None, 1),
 }
 
 
 def build(folder: Path, size: str, samples: int) -> Path:
-    """Write `samples` samples of `size` ("8KB", "126KB") below `folder` and return the data set's folder."""
-    spec, dataset = SPECS[size], folder / f"{size}-{samples}"
+    """Write `samples` samples of `size`, a name of SPECS, below `folder` and return the data set's folder."""
+    spec, dataset, bucket = SPECS[size], folder / f"{size}-{samples}", BUCKETS.get(size, BUCKET)
     if (dataset / "manifest.json").exists():
         return dataset
     assert samples % SHARD_SAMPLES == 0, samples
@@ -41,35 +45,35 @@ def build(folder: Path, size: str, samples: int) -> Path:
             if member.dtype == "<f2"
             else draw.integers(0, 49408, member.shape)
         ).astype(member.dtype)
-        for member in spec.members(BUCKET)
+        for member in spec.members(bucket)
     }
     records = [{"key": f"{n:09d}", "captions": [f"a caption {n}"], "num_captions": 1} for n in range(samples)]
     json_bytes = json_length(records)
-    stride = stride_bytes(spec.members(BUCKET), json_bytes)
+    stride = stride_bytes(spec.members(bucket), json_bytes)
     segments, rows = [], []
     for shard, first in enumerate(range(0, samples, SHARD_SAMPLES)):
         path = shard_path(dataset, f"{shard:05d}", ".tar")
         path.parent.mkdir(parents=True, exist_ok=True)
         table = _write_shard(path, records[first : first + SHARD_SAMPLES], template, json_bytes, stride)
         write_table(path.with_suffix(".parquet"), table, ROW_SCHEMA)
-        segments.append(Segment(shard, "train", *BUCKET, json_bytes, 0, SHARD_SAMPLES, stride, 0))
+        segments.append(Segment(shard, "train", *bucket, json_bytes, 0, SHARD_SAMPLES, stride, 0))
         size_bytes = path.stat().st_size
         rows.append(
             {"name": path.stem, "samples": SHARD_SAMPLES, "bytes": size_bytes, "digest": file_digest(path)}
         )
     np.save(dataset / SEGMENTS_NAME, segments_array(segments), allow_pickle=False)
     write_table(dataset / SHARDS_NAME, rows, SHARD_SCHEMA)
-    save_manifest(dataset, spec, samples)
+    save_manifest(dataset, spec, samples, bucket)
     return dataset
 
 
-def save_manifest(dataset: Path, spec: LatentSpec, samples: int) -> None:
+def save_manifest(dataset: Path, spec: LatentSpec, samples: int, bucket: Bucket = BUCKET) -> None:
     """Write the manifest that makes the folder a data set."""
     Manifest(
         spec=spec,
         counts=Counts(samples, samples),
         splits={"train": samples, "validation": 0},
-        buckets=[{"height": BUCKET[0], "width": BUCKET[1], "train": samples, "validation": 0}],
+        buckets=[{"height": bucket[0], "width": bucket[1], "train": samples, "validation": 0}],
         encoder={"autoencoder": "none", "text_encoder": "none", "tokenizer": "none", "precision": "fp32"},
         preprocessing={},
         statistics={},

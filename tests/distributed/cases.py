@@ -1,6 +1,5 @@
 """What the ranks do in the distributed tests; each start of processes runs several of these in a row."""
 
-import gc
 import json
 import logging
 import os
@@ -14,7 +13,6 @@ import pytest
 from torch import Tensor
 
 from pipeline.config import RunConfig
-from pipeline.errors import PipelineError
 from pipeline.paths import RunPaths
 from pipeline.training import deepspeed_config
 from pipeline.training import train as train_module
@@ -23,7 +21,8 @@ from pipeline.training.saving.manifest import step_folder
 from pipeline.training.saving.plan import Plan
 from pipeline.training.saving.retention import Retention
 from pipeline.training.saving.save import Checkpoints
-from pipeline.training.world import World, end_world, start_world
+from pipeline.training.world import World, end_world
+from tests.distributed.starter import meet
 
 STEPS = 6
 TREE: dict[str, Any] = {
@@ -61,37 +60,18 @@ def paths_of(root: Path, name: str) -> RunPaths:
     return RunPaths(root / name)
 
 
-def run(world: World, root: str, name: str, attempt: str = "a1", **sections: Any) -> dict[str, Any]:
+def run(world: World, root: Path, name: str, attempt: str = "a1", **sections: Any) -> dict[str, Any]:
     """Train one run and return its end and every warning it logged."""
-    config, said = make_config(Path(root), name, **sections), _Said()
+    config, said = make_config(root, name, **sections), _Said()
     logging.getLogger("pipeline").addHandler(said)
     try:
-        result = train_module.train(config, paths_of(Path(root), name), world, attempt=attempt)
+        result = train_module.train(config, paths_of(root, name), world, attempt=attempt)
     finally:
         logging.getLogger("pipeline").removeHandler(said)
     return asdict(result) | {"said": said.lines}
 
 
-def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
-    """Meet the other ranks and run the cases [function name, arguments] in order; an error of ours is a result too."""
-    world = _meet()
-    gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not through all of torch again.
-    results: list[Any] = []
-    for name, arguments in orders:
-        try:
-            results.append(globals()[name](world, root, **arguments))
-        except PipelineError as error:
-            results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
-    end_world()
-    return results
-
-
-def _meet() -> World:
-    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    return start_world(rank, world_size, rank, os.environ["MASTER_ADDR"], port, timeout_seconds=300)
-
-
-def run_killed(world: World, root: str, name: str, at_step: int, **sections: Any) -> str:
+def run_killed(world: World, root: Path, name: str, at_step: int, **sections: Any) -> str:
     """Train until an accident inside step `at_step`, on all ranks at once: no save, no farewell."""
 
     class AccidentError(Exception):
@@ -109,7 +89,7 @@ def run_killed(world: World, root: str, name: str, at_step: int, **sections: Any
     return "ended"
 
 
-def run_with_nan(world: World, root: str, name: str, rank: int, at_steps: list[int], **sections: Any) -> Any:
+def run_with_nan(world: World, root: Path, name: str, rank: int, at_steps: list[int], **sections: Any) -> Any:
     """Train while `rank` alone sees NaN losses at some steps."""
     plain = train_module.TrainStep._losses
     present = {"step": -1}
@@ -124,7 +104,7 @@ def run_with_nan(world: World, root: str, name: str, rank: int, at_steps: list[i
         return run(world, root, name, **sections)
 
 
-def run_with_full_disk(world: World, root: str, name: str, failures: list[int], **sections: Any) -> Any:
+def run_with_full_disk(world: World, root: Path, name: str, failures: list[int], **sections: Any) -> Any:
     """Train while the disk of rank 1 is full at some saves, counted from 0."""
     plain, count = save_module.write_stretches, {"saves": 0}
 
@@ -140,7 +120,7 @@ def run_with_full_disk(world: World, root: str, name: str, failures: list[int], 
         return run(world, root, name, **sections)
 
 
-def run_on_wrong_shards(world: World, root: str, name: str) -> Any:
+def run_on_wrong_shards(world: World, root: Path, name: str) -> Any:
     """Train in a mode in which DeepSpeed's links from weights to shards are wrong, past the config's refusal."""
     hatch = {"zero_optimization": {"round_robin_gradients": True}}
     with pytest.MonkeyPatch.context() as patch:
@@ -148,11 +128,11 @@ def run_on_wrong_shards(world: World, root: str, name: str) -> Any:
         return run(world, root, name, engine={"zero_stage": 1, "deepspeed": hatch})
 
 
-def shard_bytes(world: World, root: str, name: str, **sections: Any) -> dict[str, int]:
+def shard_bytes(world: World, root: Path, name: str, **sections: Any) -> dict[str, int]:
     """Return the bytes of Adam's moments, masters and averages that this rank really holds."""
-    config = make_config(Path(root), name, **sections)
+    config = make_config(root, name, **sections)
     with ExitStack() as opened:
-        run = train_module._assemble(config, paths_of(Path(root), name), world, "a1", opened)
+        run = train_module._assemble(config, paths_of(root, name), world, "a1", opened)
         adam = [
             tensor
             for state in run.engine.adamw.state.values()
@@ -166,14 +146,14 @@ def shard_bytes(world: World, root: str, name: str, **sections: Any) -> dict[str
         }
 
 
-def reshard(world: World, root: str, name: str, to: str, **sections: Any) -> dict[str, Any]:
+def reshard(world: World, root: Path, name: str, to: str, **sections: Any) -> dict[str, Any]:
     """Load the newest checkpoint of `name` with the settings given and save what arrived as run `to`."""
-    config = make_config(Path(root), name, **sections)
+    config = make_config(root, name, **sections)
     with ExitStack() as opened:
-        run = train_module._assemble(config, paths_of(Path(root), name), world, "a2", opened)
+        run = train_module._assemble(config, paths_of(root, name), world, "a2", opened)
         old = run.checkpoints
         fresh = Checkpoints(
-            paths_of(Path(root), to).checkpoints,
+            paths_of(root, to).checkpoints,
             world=world,
             fragments=old._fragments,
             ema=run.ema,
@@ -187,9 +167,9 @@ def reshard(world: World, root: str, name: str, to: str, **sections: Any) -> dic
         return {"step": run.state.step, "updates": old._fragments.updates}
 
 
-def flip_bit(world: World, root: str, name: str, step: int, file: str) -> int:
+def flip_bit(world: World, root: Path, name: str, step: int, file: str) -> int:
     """Change one bit in the middle of a file of the checkpoint after `step`."""
-    path = step_folder(paths_of(Path(root), name).checkpoints, step) / file
+    path = step_folder(paths_of(root, name).checkpoints, step) / file
     if world.is_first:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -199,16 +179,16 @@ def flip_bit(world: World, root: str, name: str, step: int, file: str) -> int:
 
 def run_until_signal(root: str, name: str, **sections: Any) -> dict[str, Any]:
     """Meet the other ranks, tell the pid, and train for longer than anyone waits."""
-    world = _meet()
+    world = meet()
     Path(root, f"{name}-pid-{world.rank}").write_text(str(os.getpid()))
-    ended = run(world, root, name, **sections)
+    ended = run(world, Path(root), name, **sections)
     end_world()
     return ended
 
 
-def run_with_stop_file(world: World, root: str, name: str, **sections: Any) -> dict[str, Any]:
+def run_with_stop_file(world: World, root: Path, name: str, **sections: Any) -> dict[str, Any]:
     """Train with the file that asks to stop in place from the start."""
-    paths = paths_of(Path(root), name)
+    paths = paths_of(root, name)
     if world.is_first:
         paths.root.mkdir()
         paths.stop_file.touch()

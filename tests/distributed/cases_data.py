@@ -28,7 +28,7 @@ def mixed_config(root: Path, name: str, sets: Sequence[Sequence[Any]], **section
 
 def run_told(
     world: World,
-    root: str,
+    root: Path,
     name: str,
     sets: Sequence[Sequence[Any]],
     *,
@@ -41,8 +41,8 @@ def run_told(
 
     A line is written when the step trains on it. Returns how it ended and what the newest checkpoint says of the data.
     """
-    config = mixed_config(Path(root), name, sets, **sections)
-    seen = Path(root) / "ids" / f"{name}-{attempt}-{world.rank}"
+    config = mixed_config(root, name, sets, **sections)
+    seen = root / "ids" / f"{name}-{attempt}-{world.rank}"
     seen.parent.mkdir(exist_ok=True)
     plain = train_module.TrainStep.accumulate
 
@@ -55,7 +55,7 @@ def run_told(
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, micro_batches, step)
 
-    paths = cases.paths_of(Path(root), name)
+    paths = cases.paths_of(root, name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module.TrainStep, "accumulate", accumulate)
         ended = train_module.train(config, paths, world, attempt=attempt, accept_data_change=accept)

@@ -1,7 +1,6 @@
 """What the ranks do in the tests of averages: train with and without looking, swap, measure, paint, reshard."""
 
 import hashlib
-import os
 import shutil
 import weakref
 from contextlib import ExitStack
@@ -14,14 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import RunConfig
-from pipeline.errors import PipelineError
 from pipeline.paths import RunPaths
 from pipeline.tracking import read_records
 from pipeline.training import train as train_module
 from pipeline.training.averages.swap import weights_of
 from pipeline.training.engine import Engine
 from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint
-from pipeline.training.world import World, end_world, start_world
+from pipeline.training.world import World
 from tests.builders import CAPTIONS, tiny_config
 
 STEPS = 4
@@ -59,20 +57,6 @@ def make_config(root: Path, name: str, stage: int, **sections: Any) -> RunConfig
     for section, fields in sections.items():
         tree[section] = tree.get(section, {}) | fields
     return tiny_config(root, name=name, **tree)
-
-
-def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
-    """Meet the other ranks and run the cases [function name, arguments] in order; an error of ours is a result too."""
-    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    world = start_world(rank, world_size, rank, os.environ["MASTER_ADDR"], port, timeout_seconds=120)
-    results: list[Any] = []
-    for name, arguments in orders:
-        try:
-            results.append(globals()[name](world, Path(root), **arguments))
-        except PipelineError as error:
-            results.append({"error": type(error).__name__, "said": str(error)})
-    end_world()
-    return results
 
 
 def run(world: World, root: Path, name: str, stage: int, attempt: str = "a1", **sections: Any) -> int:

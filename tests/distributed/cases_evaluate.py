@@ -32,30 +32,30 @@ def settings(root: Path, name: str, stage: int) -> RunConfig:
     return make_config(root, name, stage, evaluate=evaluate, sample={"steps": 2}, train=train)
 
 
-def train(world: World, root: str, name: str, stage: int) -> Any:
+def train(world: World, root: Path, name: str, stage: int) -> Any:
     """Train two steps with an evaluation after them; return what it wrote."""
-    paths = RunPaths(Path(root) / name)
-    train_module.train(settings(Path(root), name, stage), paths, world, attempt="a1")
+    paths = RunPaths(root / name)
+    train_module.train(settings(root, name, stage), paths, world, attempt="a1")
     return json.loads(paths.evaluation.read_text())
 
 
-def measure(world: World, root: str, name: str) -> Any:
+def measure(world: World, root: Path, name: str) -> Any:
     """Return the evaluation of the run's newest checkpoint by all ranks."""
     _small_pieces()
-    return evaluate_run(RunPaths(Path(root) / name), settings(Path(root), name, 0), KINDS, world)
+    return evaluate_run(RunPaths(root / name), settings(root, name, 0), KINDS, world)
 
 
-def look(world: World, root: str, name: str, origin: str, stage: int) -> Any:
+def look(world: World, root: Path, name: str, origin: str, stage: int) -> Any:
     """Load the checkpoint of `origin` at this world size and stage and return what the evaluation midway wrote."""
-    config, paths = settings(Path(root), name, stage), RunPaths(Path(root) / name)
-    _copy_checkpoints(world, RunPaths(Path(root) / origin), paths)
+    config, paths = settings(root, name, stage), RunPaths(root / name)
+    _copy_checkpoints(world, RunPaths(root / origin), paths)
     with ExitStack() as opened:
         part = train_module._assemble(config, paths, world, "a2", opened)
         part.midway.evaluate(part.state, NoRecords())
     return json.loads(paths.evaluation.read_text())
 
 
-def look_at_damage(world: World, root: str, name: str, origin: str, stage: int, rank: int) -> Any:
+def look_at_damage(world: World, root: Path, name: str, origin: str, stage: int, rank: int) -> Any:
     """Look as `look` does while one rank cannot read its validation samples."""
     plain = HeldOut.read
 
@@ -69,7 +69,7 @@ def look_at_damage(world: World, root: str, name: str, origin: str, stage: int, 
         return look(world, root, name, origin, stage)
 
 
-def measure_damage(world: World, root: str, name: str, rank: int) -> Any:
+def measure_damage(world: World, root: Path, name: str, rank: int) -> Any:
     """Measure while one rank cannot read the training latents that are searched last."""
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == rank:
@@ -81,10 +81,10 @@ def measure_damage(world: World, root: str, name: str, rank: int) -> Any:
         return measure(world, root, name)
 
 
-def plant(world: World, root: str, name: str) -> Any:
+def plant(world: World, root: Path, name: str) -> Any:
     """Return the places and ratios of a copy of the last training latent and of a latent nobody stored."""
     _small_pieces()
-    training = TrainingLatents([LatentDataset(Path(root) / name / "latents")], (16, 16), 1000)
+    training = TrainingLatents([LatentDataset(root / name / "latents")], (16, 16), 1000)
     copied = training.read(training.blocks[-1])[-1:]
     new = copied.std() * np.random.default_rng(0).standard_normal(copied.shape)
     found = nearest(np.concatenate([copied, new]), training, world)

@@ -1,6 +1,5 @@
 """What the ranks do in the tests of health, stop and the way back: real signals, planted spikes, flipped bits."""
 
-import gc
 import json
 import os
 import signal
@@ -15,26 +14,12 @@ from pipeline.errors import PipelineError
 from pipeline.training import train as train_module
 from pipeline.training.health.care import Care
 from pipeline.training.saving import save as save_module
-from pipeline.training.world import World, end_world
-from tests.distributed.cases import _before_each_step, _meet, paths_of, run
-
-
-def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
-    """Meet the other ranks and run these cases in order; an error of ours is a result too."""
-    world = _meet()
-    gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not through all of torch again.
-    results: list[Any] = []
-    for name, arguments in orders:
-        try:
-            results.append(globals()[name](world, root, **arguments))
-        except PipelineError as error:
-            results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
-    end_world()
-    return results
+from pipeline.training.world import World
+from tests.distributed.cases import _before_each_step, paths_of, run
 
 
 def run_signalled(
-    world: World, root: str, name: str, at: dict[str, list[str]], again: str = "", **sections: Any
+    world: World, root: Path, name: str, at: dict[str, list[str]], again: str = "", **sections: Any
 ) -> dict[str, Any]:
     """Train; rank 1 alone gets the signals `at` "step", and `again` in the middle of writing its file."""
 
@@ -58,7 +43,7 @@ def run_signalled(
 
 
 def run_with_bad_data(
-    world: World, root: str, name: str, bad: list[int], factor: float = 50.0, **sections: Any
+    world: World, root: Path, name: str, bad: list[int], factor: float = 50.0, **sections: Any
 ) -> dict[str, Any]:
     """Train on data whose loss is `factor` times as high (NaN: not finite) at some positions of the run.
 
@@ -84,7 +69,13 @@ def run_with_bad_data(
 
 
 def run_killed_on_bad_data(
-    world: World, root: str, name: str, bad: list[int], at_samples: int, factor: float = 50.0, **sections: Any
+    world: World,
+    root: Path,
+    name: str,
+    bad: list[int],
+    at_samples: int,
+    factor: float = 50.0,
+    **sections: Any,
 ) -> str:
     """The same until an accident on all ranks at once, in the step whose samples begin at `at_samples`."""
     plain = train_module.TrainStep.accumulate
@@ -107,7 +98,7 @@ def run_killed_on_bad_data(
 
 
 def run_with_flipped_weight(
-    world: World, root: str, name: str, at_step: int, rank: int, **sections: Any
+    world: World, root: Path, name: str, at_step: int, rank: int, **sections: Any
 ) -> dict[str, Any]:
     """Train while one bit of one weight of `rank` flips after step `at_step`, just before the comparison."""
     plain = Care.after_step

@@ -1,19 +1,17 @@
 """What the ranks do in the matrix of resumes: interruptions inside an accumulation, and the samples that were seen."""
 
-import gc
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from pipeline.errors import PipelineError
 from pipeline.training import train as train_module
-from pipeline.training.world import World, end_world
-from tests.distributed.cases import _meet, reshard, run
+from pipeline.training.world import World
+from tests.distributed.cases import reshard, run
 
-Order = list[Any]
 MICRO_BATCHES = 2
 __all__ = ["reshard", "run"]
 
@@ -22,22 +20,8 @@ class AccidentError(Exception):
     """What ends a run on all ranks at once, without a save."""
 
 
-def run_all(root: str, orders: list[Order]) -> list[Any]:
-    """Meet the other ranks and run these cases in order; an error of ours is a result too."""
-    world = _meet()
-    gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not through all of torch again.
-    results: list[Any] = []
-    for name, arguments in orders:
-        try:
-            results.append(globals()[name](world, root, **arguments))
-        except PipelineError as error:
-            results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
-    end_world()
-    return results
-
-
 def run_seen(
-    world: World, root: str, name: str, *, stop_in: int = -1, accident_in: int = -1, **sections: Any
+    world: World, root: Path, name: str, *, stop_in: int = -1, accident_in: int = -1, **sections: Any
 ) -> dict[str, Any]:
     """Train; in the second micro-batch of a step rank 1 may get a TERM, or all ranks an accident.
 
@@ -73,7 +57,7 @@ def run_seen(
     return ended | {"seen": {str(step): samples for step, samples in seen.items()}}
 
 
-def run_stopped_after(world: World, root: str, name: str, steps: int, **sections: Any) -> dict[str, Any]:
+def run_stopped_after(world: World, root: Path, name: str, steps: int, **sections: Any) -> dict[str, Any]:
     """Train until a TERM that is noted in the step before the `steps`-th: it takes effect one step late."""
     plain = train_module.TrainStep.accumulate
 

@@ -23,10 +23,13 @@ from pipeline.training.saving.fragment_file import read_whole
 from pipeline.training.saving.manifest import committed, read_manifest
 from pipeline.training.world import World, end_world
 from tests.distributed import cases
+from tests.distributed.cases import reshard, run
+from tests.distributed.starter import meet
 
 safe_get_full_fp32_param = deepspeed.utils.safe_get_full_fp32_param
 safe_get_full_optimizer_state = deepspeed.utils.safe_get_full_optimizer_state
 
+__all__ = ["reshard", "run"]
 BYTES_PER_SECOND = 50e6
 # Wide where the picture is one pixel: 40 million parameters that cost next to nothing to compute.
 WIDE = {
@@ -36,21 +39,7 @@ WIDE = {
 }
 
 
-def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
-    """Meet the other ranks and run the cases in order: those of this file and of `cases`."""
-    world = cases._meet()
-    results: list[Any] = []
-    for name, arguments in orders:
-        function = globals().get(name) or getattr(cases, name)
-        try:
-            results.append(function(world, root, **arguments))
-        except PipelineError as error:
-            results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
-    end_world()
-    return results
-
-
-def run_slowly_written(world: World, root: str, name: str, **sections: Any) -> Any:
+def run_slowly_written(world: World, root: Path, name: str, **sections: Any) -> Any:
     """Train while the first save is written at 50 MB/s; say how large each rank's file is."""
     plain, saves = save_module.write_stretches, {"count": 0}
     put = writer_module.put
@@ -71,7 +60,7 @@ def run_slowly_written(world: World, root: str, name: str, **sections: Any) -> A
         return cases.run(world, root, name, **sections) | {"saves": saves["count"]}
 
 
-def run_with_other_eyes(world: World, root: str, name: str, **sections: Any) -> Any:
+def run_with_other_eyes(world: World, root: Path, name: str, **sections: Any) -> Any:
     """Train while rank 1 sees an empty folder and has a clock that stands a million seconds back."""
 
     def blind(checkpoints: Path) -> list[Path]:
@@ -85,18 +74,18 @@ def run_with_other_eyes(world: World, root: str, name: str, **sections: Any) -> 
         return cases.run(world, root, name, **sections)
 
 
-def export_universal(world: World, root: str, name: str) -> str:
+def export_universal(world: World, root: Path, name: str) -> str:
     """Export the newest checkpoint for DeepSpeed; nobody goes on before it is there."""
-    paths = cases.paths_of(Path(root), name)
+    paths = cases.paths_of(root, name)
     folder = export_deepspeed(paths) if world.is_first else paths.deepspeed
     world.maximum(0)
     return folder.name
 
 
-def load_universal(world: World, root: str, name: str, stage: int) -> dict[str, Any]:
+def load_universal(world: World, root: Path, name: str, stage: int) -> dict[str, Any]:
     """Load the export into a plain DeepSpeed engine with other weights; return how far it is from our checkpoint."""
-    paths = cases.paths_of(Path(root), name)
-    config = cases.make_config(Path(root), name, engine={"zero_stage": stage})
+    paths = cases.paths_of(root, name)
+    config = cases.make_config(root, name, engine={"zero_stage": stage})
     torch.manual_seed(99)
     network = UNet(config.model)
     groups = decay_groups(network, 0.01) if stage < 3 else [{"params": list(network.parameters())}]
@@ -137,11 +126,11 @@ def load_universal(world: World, root: str, name: str, stage: int) -> dict[str, 
 
 def run_as(root: str, name: str, attempt: str, **sections: Any) -> dict[str, Any]:
     """Be one attempt of a run: tell the pid, train, and return how it ended."""
-    world = cases._meet()
+    world = meet()
     Path(root, f"{attempt}-pid").write_text(str(os.getpid()))
     with _told(world):
         try:
-            return cases.run(world, root, name, attempt=attempt, **sections)
+            return cases.run(world, Path(root), name, attempt=attempt, **sections)
         except PipelineError as error:
             return {"error": type(error).__name__, "code": error.exit_code, "said": str(error)}
 

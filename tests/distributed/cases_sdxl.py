@@ -1,24 +1,17 @@
 """What the ranks do in the tests of SDXL: train, and count how often the frozen encoders are loaded on the way."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.models.autoencoder import FrozenAutoencoder
 from pipeline.models.text_encoder import FrozenTextEncoder
-from pipeline.training.world import World, end_world
-from tests.distributed.cases import _meet, run
+from pipeline.training.world import World
+from tests.distributed.cases import run
 
 
-def run_all(root: str, orders: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Meet the other ranks and train these runs in order; return how each ended, and its loads of encoders."""
-    world = _meet()
-    ended = [run_counted(world, root, **order) for order in orders]
-    end_world()
-    return ended
-
-
-def run_counted(world: World, root: str, **sections: Any) -> dict[str, Any]:
+def run_counted(world: World, root: Path, **sections: Any) -> dict[str, Any]:
     """Train one run; `loads` counts what was read from the encoders' folders."""
     loads = {"autoencoder": 0, "text": 0}
     with pytest.MonkeyPatch.context() as patch:

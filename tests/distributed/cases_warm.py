@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.errors import PipelineError
 from pipeline.models.unet import UNet
 from pipeline.training import train as train_module
 from pipeline.training.averages.ema import Ema
@@ -16,8 +15,8 @@ from pipeline.training.fragments import Fragments
 from pipeline.training.frozen import frozen_weights
 from pipeline.training.saving.checkpoint import load_weights
 from pipeline.training.warm_start import warm_start
-from pipeline.training.world import World, end_world
-from tests.distributed.cases import _meet, make_config, paths_of
+from pipeline.training.world import World
+from tests.distributed.cases import make_config, paths_of
 
 
 def warm_config(root: Path, name: str, **sections: Any) -> RunConfig:
@@ -31,29 +30,16 @@ def warm_config(root: Path, name: str, **sections: Any) -> RunConfig:
     return RunConfig.model_validate_json(json.dumps(tree))
 
 
-def run_all(root: str, orders: list[list[Any]]) -> list[Any]:
-    """Meet the other ranks and run these cases in order; an error of ours is a result too."""
-    world = _meet()
-    results: list[Any] = []
-    for name, arguments in orders:
-        try:
-            results.append(globals()[name](world, root, **arguments))
-        except PipelineError as error:
-            results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
-    end_world()
-    return results
-
-
-def train(world: World, root: str, name: str, attempt: str = "a1", **sections: Any) -> dict[str, Any]:
+def train(world: World, root: Path, name: str, attempt: str = "a1", **sections: Any) -> dict[str, Any]:
     """Train one run and return where it ended."""
-    config, paths = warm_config(Path(root), name, **sections), paths_of(Path(root), name)
+    config, paths = warm_config(root, name, **sections), paths_of(root, name)
     result = train_module.train(config, paths, world, attempt=attempt)
     return {"step": result.step, "samples": result.samples}
 
 
-def begin(world: World, root: str, name: str, kind: str, **sections: Any) -> dict[str, Any]:
+def begin(world: World, root: Path, name: str, kind: str, **sections: Any) -> dict[str, Any]:
     """Begin without a step; return what in this rank's shards is not the source's `kind` of weights."""
-    config = warm_config(Path(root), name, **sections)
+    config = warm_config(root, name, **sections)
     torch.manual_seed(9)
     network = UNet(config.model)
     engine = Engine(network, engine=config.engine, optimizer=config.optimizer, world=world, micro_batches=1)
@@ -61,7 +47,7 @@ def begin(world: World, root: str, name: str, kind: str, **sections: Any) -> dic
     ema = Ema(fragments, config.ema)
     state = warm_start(config, fragments, ema, world, data_digest="another")
     assert config.warm_start is not None
-    expected = load_weights(Path(root) / "source" / "checkpoints" / "step-00000004", kind)
+    expected = load_weights(root / "source" / "checkpoints" / "step-00000004", kind)
     wrong = [
         piece.name
         for tensors in (
@@ -82,10 +68,10 @@ def begin(world: World, root: str, name: str, kind: str, **sections: Any) -> dic
     return answer | {"step": state.step, "ema": ema.updates, "pieces": len(fragments.resident)}
 
 
-def frozen_after(world: World, root: str, name: str, step: int) -> dict[str, Any]:
+def frozen_after(world: World, root: Path, name: str, step: int) -> dict[str, Any]:
     """Return how the weights of a run's checkpoint compare with the source's."""
-    started = load_weights(Path(root) / "source" / "checkpoints" / "step-00000006", "ema")
-    checkpoint = paths_of(Path(root), name).checkpoints / f"step-{step:08d}"
+    started = load_weights(root / "source" / "checkpoints" / "step-00000006", "ema")
+    checkpoint = paths_of(root, name).checkpoints / f"step-{step:08d}"
     fixed, learnt = frozen_weights(checkpoint), load_weights(checkpoint, "raw")
     whole = learnt | fixed
     return {

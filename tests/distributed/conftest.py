@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.cases import STEPS
 from tests.distributed.dataset import build_dataset
-from tests.faults.ranks import run_ranks
+from tests.distributed.starter import Orders, start
 
 DROPOUT = {"dropout": 0.1}
 EVERY_STEP = {"checkpoint_every": 1}
@@ -48,20 +48,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     build_dataset(root / "other-latents", 30, seed=1)
     by_case: dict[str, list[Any]] = {}
     for world_size, orders in [(1, first_alone()), (2, together()), (1, alone_again())]:
-        listed = [[function, arguments] for function, arguments in orders.values()]
-        outcome = run_ranks(
-            "tests.distributed.cases:run_all",
-            world_size,
-            {"root": str(root), "orders": listed},
-            timeout_seconds=400,
-            env={"LDM_QUIET": "1"},
-        )
-        for number, case in enumerate(orders):
-            by_case[case] = [answers[number] for answers in outcome]
+        by_case |= start("tests.distributed.cases", root, world_size, orders, 400)
     yield Results(root, by_case)
-
-
-Orders = dict[str, tuple[str, dict[str, Any]]]
 
 
 def first_alone() -> Orders:

@@ -36,7 +36,7 @@ def run_all(module: str, root: str, orders: Sequence[Sequence[Any]]) -> list[Any
     results: list[Any] = []
     for name, arguments in orders:
         try:
-            results.append(getattr(cases, name)(world, root, **arguments))
+            results.append(getattr(cases, name)(world, Path(root), **arguments))
         except PipelineError as error:
             results.append({"error": type(error).__name__, "code": error.exit_code, "said": str(error)})
     end_world()

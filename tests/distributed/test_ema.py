@@ -17,7 +17,7 @@ from pipeline.training.saving.checkpoint import committed, load_weights, read_ma
 from pipeline.training.saving.fragment_file import read_whole
 from tests.builders import tiny_run
 from tests.distributed.cases_ema import ALL_PARTITIONED, LOOKING, MODEL, STEPS, make_config
-from tests.faults.ranks import run_ranks
+from tests.distributed.starter import Orders, start
 
 pytestmark = pytest.mark.distributed
 
@@ -45,7 +45,6 @@ PLACES: dict[tuple[int, int], dict[str, Any]] = {
 """(world size, ZeRO stage) at which one checkpoint is looked at; with what beside fp32."""
 KINDS = ["ema", "ema-0.5", "ema-posthoc-0.05", "ema-posthoc-0.1"]
 SCALARS_BYTES = 256
-Orders = dict[str, tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     tiny_run(root, model=MODEL)
     by_case: dict[str, list[Any]] = {}
     for world_size, orders in [(2, pair()), (1, elsewhere(1)), (3, elsewhere(3))]:
-        listed = [[function, arguments] for function, arguments in orders.values()]
-        answers = run_ranks(
-            "tests.distributed.cases_ema:run_all",
-            world_size,
-            {"root": str(root), "orders": listed},
-            timeout_seconds=250,
-            env={"LDM_QUIET": "1"},
-        )
-        by_case |= {case: [answer[number] for answer in answers] for number, case in enumerate(orders)}
+        by_case |= start("tests.distributed.cases_ema", root, world_size, orders)
     yield Results(root, by_case)
 
 

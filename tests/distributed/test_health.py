@@ -14,7 +14,7 @@ from pipeline.training.saving.manifest import committed, read_manifest
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.cases_health import events
 from tests.distributed.dataset import build_dataset
-from tests.faults.ranks import run_ranks
+from tests.distributed.starter import start
 
 pytestmark = pytest.mark.distributed
 
@@ -77,10 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(root: Path) -> Iterator[dict[str, list[Any]]]:
     """What each case returned, by rank: all in one start of two processes."""
-    listed = [[function, arguments] for function, arguments in orders().values()]
-    target, quiet = "tests.distributed.cases_health:run_all", {"LDM_QUIET": "1"}
-    outcome = run_ranks(target, 2, {"root": str(root), "orders": listed}, timeout_seconds=240, env=quiet)
-    yield {case: [each[number] for each in outcome] for number, case in enumerate(orders())}
+    yield start("tests.distributed.cases_health", root, 2, orders())
 
 
 def stream(root: Path, name: str) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ from pipeline.training.saving.fragment_file import read_whole
 from pipeline.training.saving.manifest import committed, read_manifest
 from tests.distributed.cases import paths_of
 from tests.distributed.dataset import build_dataset
-from tests.faults.ranks import run_ranks
+from tests.distributed.starter import start
 
 pytestmark = pytest.mark.distributed
 
@@ -94,11 +94,7 @@ def answers(root: Path) -> Iterator[dict[str, list[Any]]]:
     """What each case returned, by rank: three starts, of two processes, one, and two."""
     found: dict[str, list[Any]] = {}
     for world_size, orders in [(2, first_pair()), (1, alone()), (2, second_pair())]:
-        listed = [[function, arguments] for function, arguments in orders.values()]
-        arguments = {"root": str(root), "orders": listed}
-        target, quiet = "tests.distributed.cases_resume:run_all", {"LDM_QUIET": "1"}
-        outcome = run_ranks(target, world_size, arguments, timeout_seconds=260, env=quiet)
-        found |= {case: [each[number] for each in outcome] for number, case in enumerate(orders)}
+        found |= start("tests.distributed.cases_resume", root, world_size, orders)
     yield found
 
 

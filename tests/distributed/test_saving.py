@@ -17,6 +17,7 @@ from pipeline.training.saving.manifest import committed, read_manifest
 from tests.distributed.cases import paths_of
 from tests.distributed.cases_saving import WIDE
 from tests.distributed.dataset import build_dataset
+from tests.distributed.starter import Orders, start
 from tests.distributed.test_training import whole_state
 from tests.faults.ranks import run_ranks
 
@@ -28,12 +29,9 @@ STEP_2 = "step-00000002"
 MOVES = [(2, 1, 3, 3), (2, 3, 3, 0), (2, 0, 3, 2), (3, 1, 2, 3), (3, 3, 2, 0), (3, 2, 2, 1), (3, 0, 2, 0)]
 
 
-def start(root: Path, world_size: int, orders: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Any]]:
-    """Run the cases with so many processes; return what each rank said of each."""
-    listed = [[function, arguments] for function, arguments in orders.values()]
-    arguments = {"root": str(root), "orders": listed}
-    outcome = run_ranks("tests.distributed.cases_saving:run_all", world_size, arguments, 300, ENV)
-    return {case: [answers[number] for answers in outcome] for number, case in enumerate(orders)}
+def start_cases(root: Path, world_size: int, orders: Orders) -> dict[str, list[Any]]:
+    """Run the cases of saving with so many processes; return what each rank said of each."""
+    return start("tests.distributed.cases_saving", root, world_size, orders)
 
 
 def source_of(world_size: int, stage: int) -> str:
@@ -77,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(root: Path) -> dict[str, list[Any]]:
     """Two processes, then three, then two again."""
     by_clock = {"checkpoint_every": 1000, "checkpoint_every_seconds": 1e-9, "keep_every": 4, "keep_last": 2}
-    found = start(
+    found = start_cases(
         root,
         2,
         departures(2)
@@ -94,14 +92,14 @@ def answers(root: Path) -> dict[str, list[Any]]:
             "other-eyes": ("run_with_other_eyes", {"name": "other-eyes", "attempt": "a2"}),
         },
     )
-    found |= start(
+    found |= start_cases(
         root,
         3,
         arrivals(2)
         | departures(3)
         | {"wandering-on": ("run", {"name": "wandering", "attempt": "a2", "train": {"steps": 4}})},
     )
-    return found | start(
+    return found | start_cases(
         root, 2, arrivals(3) | {"wandering": ("run", {"name": "wandering", "attempt": "a3"})}
     )
 
@@ -176,7 +174,7 @@ def test_steps_go_on_while_a_slow_writer_works_and_are_the_same_bits(tmp_path: P
         "without": ("run", {"name": "without", "model": WIDE, "train": never | {"steps": 3}}),
         "with": ("run_slowly_written", {"name": "with", "model": WIDE, "train": once}),
     }
-    ended = start(tmp_path, 2, orders)
+    ended = start_cases(tmp_path, 2, orders)
     assert [answer["saves"] for answer in ended["with"]] == [2, 2]
     files = read_manifest(paths_of(tmp_path, "with").checkpoints / "step-00000002")["files"]
     assert len(files) == 2 and all(record["bytes"] > 300e6 for record in files.values())

@@ -31,7 +31,7 @@ from pipeline.tracking import read_records
 from pipeline.training.saving.checkpoint import load_weights, newest_checkpoint, read_manifest
 from tests.builders import CAPTIONS
 from tests.distributed.cases import STEPS, make_config, paths_of
-from tests.faults.ranks import run_ranks
+from tests.distributed.starter import Orders, start
 from tests.sdxl import MODEL, POOLED, TOKENS, WIDTHS, encode_pictures, encoders, write_pictures
 
 pytestmark = pytest.mark.distributed
@@ -68,14 +68,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         orders[f"zero{stage}"] = {"engine": engine, **stored}
         orders[f"begun{stage}"] = {"name": f"cut{stage}", "engine": engine, **stored, "train": {"steps": 3}}
         orders[f"cut{stage}"] = {"attempt": "a2", "engine": engine, **stored}
-    ended = run_ranks(
-        "tests.distributed.cases_sdxl:run_all",
-        2,
-        {"root": str(root), "orders": [{"name": name, **order} for name, order in orders.items()]},
-        timeout_seconds=300,
-        env={"LDM_QUIET": "1"},
-    )
-    yield Trained(root, stored, {name: [rank[place] for rank in ended] for place, name in enumerate(orders)})
+    named: Orders = {case: ("run_counted", {"name": case, **order}) for case, order in orders.items()}
+    yield Trained(root, stored, start("tests.distributed.cases_sdxl", root, 2, named))
 
 
 def records(trained: Trained, name: str) -> list[dict[str, Any]]:
@@ -286,14 +280,8 @@ def test_a_run_begins_with_the_exported_folder(trained: Trained, exported: tuple
     tree["optimizer"]["learning_rate"] = 1e-7
     sections = {name: tree[name] for name in ("encode", "model", "warm_start", "optimizer", "train")}
     order = {"name": "next", "data": {"dataset": "embeddings"}, **sections}
-    answers = run_ranks(
-        "tests.distributed.cases_sdxl:run_all",
-        2,
-        {"root": str(trained.root), "orders": [order]},
-        timeout_seconds=120,
-        env={"LDM_QUIET": "1"},
-    )
-    assert [rank[0]["step"] for rank in answers] == [1, 1], answers
+    answers = start("tests.distributed.cases_sdxl", trained.root, 2, {"next": ("run_counted", order)})["next"]
+    assert [rank["step"] for rank in answers] == [1, 1], answers
     begun = load_weights(newest_checkpoint(paths_of(trained.root, "next").checkpoints), "raw", verified=True)
     source = load_weights(
         newest_checkpoint(paths_of(trained.root, "zero1").checkpoints), "ema", verified=True

@@ -12,7 +12,7 @@ from pipeline.tracking import read_records
 from tests.distributed.cases import STEPS, paths_of
 from tests.distributed.cases_text import save_text_encoder
 from tests.distributed.dataset import SPEC, build_dataset
-from tests.faults.ranks import run_ranks
+from tests.distributed.starter import Orders, start
 
 pytestmark = pytest.mark.distributed
 FP16_ROUNDING = 2.0**-11
@@ -37,14 +37,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
         "tokens": tokens("encoders"),
         "other": tokens("others"),
     }
-    outcome = run_ranks(
-        "tests.distributed.cases:run_all",
-        2,
-        {"root": str(root), "orders": [["run", {"name": name, **order}] for name, order in orders.items()]},
-        timeout_seconds=300,
-        env={"LDM_QUIET": "1"},
-    )
-    yield root, {name: [answers[place] for answers in outcome] for place, name in enumerate(orders)}
+    named: Orders = {name: ("run", {"name": name, **order}) for name, order in orders.items()}
+    yield root, start("tests.distributed.cases", root, 2, named)
 
 
 def test_losses_are_those_of_stored_states_to_fp16_rounding(runs: tuple[Path, dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from tests.distributed import dataset
 from tests.distributed.cases import make_config, paths_of
 from tests.distributed.cases_warm import warm_config
 from tests.distributed.dataset import build_dataset
-from tests.faults.ranks import run_ranks
+from tests.distributed.starter import start
 
 pytestmark = pytest.mark.distributed
 
@@ -107,19 +107,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(root: Path) -> Iterator[dict[str, list[Any]]]:
     """What each case returned, by rank: all in one start of two processes."""
-    cases = orders()
-    listed = [
-        [function, arguments | {"name": NAMES.get(case, case)}]
-        for case, (function, arguments) in cases.items()
-    ]
-    outcome = run_ranks(
-        "tests.distributed.cases_warm:run_all",
-        2,
-        {"root": str(root), "orders": listed},
-        timeout_seconds=200,
-        env={"LDM_QUIET": "1"},
-    )
-    yield {case: [of_rank[number] for of_rank in outcome] for number, case in enumerate(cases)}
+    named = {
+        case: (function, arguments | {"name": NAMES.get(case, case)})
+        for case, (function, arguments) in orders().items()
+    }
+    yield start("tests.distributed.cases_warm", root, 2, named)
 
 
 @pytest.mark.parametrize("case", ["raw-0", "raw-1", "raw-2", "raw-3", "ema", "checkpoint"])
