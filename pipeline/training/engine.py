@@ -102,6 +102,9 @@ class Engine:
             self.network: deepspeed.DeepSpeedEngine = deepspeed.initialize(
                 model=network, optimizer=self.adamw, config=config, dist_init_required=False
             )[0]
+        if world.world_size == 1 and self.stage == 0:
+            # It would flatten all gradients, sum them over this rank alone and copy them back, at every step.
+            self.network.enable_backward_allreduce = False
         if engine.compile:
             self.network.compile()
         self._scaler: Any = self.network.optimizer.loss_scaler if engine.precision == "fp16" else None
