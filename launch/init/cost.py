@@ -38,9 +38,9 @@ MEASURED = {
     # Three convolutions, fp32, two processes of one thread: ldm demo --long.
     "features": Measured(steps=300, batch=64, seconds=32.0, gflops_a_sample=0.2202),
     # f8, widths 16 to 128, 64 px, bf16, two processes of one thread: the same run.
-    "autoencoder": Measured(steps=8500, batch=8, seconds=1250.0, gflops_a_sample=1.993),
+    "autoencoder": Measured(steps=8500, batch=8, seconds=1310.0, gflops_a_sample=1.993),
     # Width 128, 3 + 2 layers, patch 16, 24 tokens, fp32, two processes of one thread: the same run.
-    "clip": Measured(steps=800, batch=96, seconds=200.0, gflops_a_sample=0.1293),
+    "clip": Measured(steps=800, batch=96, seconds=120.0, gflops_a_sample=0.1293),
     # 15.6 M parameters on 8x8 latents, one process of two threads, bf16 autocast: the log of a whole demo.
     "train": Measured(steps=1600, batch=32, seconds=820.0, gflops_a_sample=1.979),
 }
