@@ -11,6 +11,7 @@ Writes RUN/picture.json and RUN/picture.png (each caption's real picture beside 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from torch.nn import functional
 from transformers import CLIPModel
 
 from benchmarks.judge.features import NAME, EfficientNetLite0
-from benchmarks.judge.scores import Score, floor_score, rank_score
+from benchmarks.judge.scores import Score, floor_score, kind_score, rank_score, score_within_kind
 from pipeline.config import RunConfig, SampleConfig
 from pipeline.config.encode import FilterRule
 from pipeline.generate import Generator
@@ -98,7 +99,16 @@ def decoded(generator: Generator, pictures_NHWC: np.ndarray) -> np.ndarray:
     return pixels_from_images(encoder.decode(moments_N2CHW[:, : moments_N2CHW.shape[1] // 2]))
 
 
-def judge(run: Path, held_out: str | None, guidance_scale: float | None = None) -> dict[str, object]:
+def kinds(captions: Sequence[str], unlike: str) -> Tensor:
+    """Return a number for each caption, int64 [N]; captions that differ only in what the regex matches share theirs."""
+    left = [re.sub(unlike, "", caption) for caption in captions]
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(left))}
+    return torch.tensor([numbers[caption] for caption in left])
+
+
+def judge(
+    run: Path, held_out: str | None, guidance_scale: float | None = None, unlike: str | None = None
+) -> dict[str, object]:
     """Paint, score and publish; return the record that is written to picture.json."""
     paths = RunPaths(run)
     generator = Generator.load(paths, "ema")
@@ -136,7 +146,14 @@ def judge(run: Path, held_out: str | None, guidance_scale: float | None = None) 
         own = torch.arange(len(new.captions))
         scores["held out"] = rank_score(network(wanted), answers, own)
         scores["held out decoded"] = rank_score(blurred[own], answers, own)
-        scores["held out among decoded"] = rank_score(network(wanted), blurred, own)
+        features = network(wanted)
+        scores["held out among decoded"] = rank_score(features, blurred, own)
+        if unlike is not None:
+            kinds_M = kinds(new.captions + real.captions, unlike)
+            scores["held out: kind"] = kind_score(features, answers, kinds_M[own], kinds_M)
+            for name, against in (("real", answers), ("decoded", blurred)):
+                within = score_within_kind(features, against, own, kinds_M[own], kinds_M)
+                scores[f"held out: within kind, {name}"] = within
         rows = [
             Pairs(np.concatenate([rows[0].pictures_NHWC, new.pictures_NHWC]), shown.captions + new.captions),
             Pairs(np.concatenate([painted, wanted]), shown.captions + new.captions),
@@ -154,7 +171,7 @@ def judge(run: Path, held_out: str | None, guidance_scale: float | None = None) 
         side_by_side = np.concatenate([rows[0].pictures_NHWC, rows[1].pictures_NHWC], axis=2)
         draw_grid(side_by_side, rows[0].captions).save(beside, format="PNG")
     for name, score in scores.items():
-        print(f"{name:22} {score}")
+        print(f"{name:32} {score}")
     return record
 
 
@@ -167,9 +184,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--held-out", metavar="COLUMN=VALUE", help="paint also what the filter on COLUMN kept away"
     )
+    parser.add_argument(
+        "--unlike",
+        metavar="REGEX",
+        help="captions that differ only in what this matches are of one kind: says how often a held-out picture's kind "
+        "is right, and how often it is the right one within its kind",
+    )
     parser.add_argument("--guidance", type=float, help="another guidance scale than the run's")
     found = parser.parse_args(arguments)
-    judge(found.run, found.held_out, found.guidance)
+    judge(found.run, found.held_out, found.guidance, found.unlike)
     return 0
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from benchmarks.judge.scores import floor_score, rank_score
+from benchmarks.judge.scores import floor_score, kind_score, rank_score, score_within_kind
 
 PICTURES = 64
 
@@ -42,3 +42,28 @@ def test_twins_cannot_be_told_apart_and_both_count() -> None:
 def test_the_floor_of_perfect_pictures_is_nothing() -> None:
     features = unit_features(0)
     assert floor_score(features, features, torch.arange(PICTURES)).first == 0
+
+
+def test_a_kind_is_right_where_the_nearest_is_of_it_and_within_it_only_its_own_compete() -> None:
+    answers = torch.eye(6)[:, :6]
+    kinds = torch.tensor([0, 0, 1, 1, 2, 2])
+    # Nearest: the twin of its kind; itself; another kind's, then its twin; itself.
+    pictures = functional.normalize(
+        torch.tensor(
+            [
+                [0.5, 0.9, 0.0, 0.0, 0.0, 0.0],
+                [0.0, 1.0, 0.0, 0.0, 0.0, 0.0],
+                [0.9, 0.0, 0.4, 0.6, 0.0, 0.0],
+                [0.0, 0.0, 0.0, 1.0, 0.0, 0.0],
+            ]
+        ),
+        dim=1,
+    )
+    own = torch.arange(4)
+    assert rank_score(pictures, answers, own).first == 2
+    found = kind_score(pictures, answers, kinds[:4], kinds)
+    assert (found.pictures, found.first, found.first_five) == (4, 3, 4)
+    assert score_within_kind(pictures, answers, own, kinds[:4], kinds).first == 2
+    alone = torch.arange(6)
+    assert score_within_kind(pictures, answers, own, alone[:4], alone).first == 4
+    assert kind_score(pictures, answers, alone[:4], alone) == rank_score(pictures, answers, own)
