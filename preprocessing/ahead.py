@@ -5,6 +5,7 @@ processes. Order and outcome are those of a plain loop, whatever the number of t
 """
 
 import itertools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -23,6 +24,10 @@ AHEAD_BYTES = 256 << 20
 """Most bytes of undecoded files that wait at once, whatever their number."""
 GROUP = 4
 """Samples that one thread prepares in a row: fewer hand-overs between threads, and still short waits."""
+
+SWITCH_SECONDS = 1e-4
+"""How long a thread may keep the interpreter while another waits for it. A decoder comes back from Pillow every few
+milliseconds; by Python's own 5 ms it would stand idle while a shard's thread stacks, sums and writes."""
 
 LEAVE = -1
 
@@ -73,6 +78,8 @@ class Decoders:
         ]
 
     def __enter__(self) -> Self:
+        self._switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         for thread in self._crew:
             thread.start()
         return self
@@ -80,6 +87,7 @@ class Decoders:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        sys.setswitchinterval(self._switch_seconds)
         for _ in self._crew:
             self._tasks.put(_Task(LEAVE, next(self._numbers)))
         for thread in self._crew:

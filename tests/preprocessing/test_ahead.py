@@ -1,13 +1,14 @@
 """Decoding ahead changes when pictures are decoded, never what comes out or in which order."""
 
 import dataclasses
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from preprocessing.ahead import GROUP, Decoders
+from preprocessing.ahead import GROUP, SWITCH_SECONDS, Decoders
 from preprocessing.filters import Rejection
 from preprocessing.samples import RawSample
 
@@ -27,6 +28,21 @@ def test_order_is_that_of_the_input_whoever_is_faster() -> None:
     with Decoders(4, ahead=8) as decoders:
         found = [(raw.key, outcome) for raw, outcome in decoders.outcomes(raws(20), slow_first)]
     assert found == [(str(number), Rejection(str(number))) for number in range(20)]
+
+
+def test_threads_hand_the_interpreter_over_at_once_while_they_decode_and_not_after() -> None:
+    before, seen = sys.getswitchinterval(), []
+
+    def look(raw: RawSample) -> Rejection:
+        seen.append(sys.getswitchinterval())
+        return Rejection(raw.key)
+
+    with Decoders(2, ahead=4) as decoders:
+        assert len(list(decoders.outcomes(raws(3), look))) == 3
+    assert seen == [pytest.approx(SWITCH_SECONDS)] * 3 and SWITCH_SECONDS < before
+    with pytest.raises(ZeroDivisionError), Decoders(1, ahead=4) as decoders:
+        list(decoders.outcomes(raws(1), lambda raw: Rejection(str(1 // 0))))
+    assert sys.getswitchinterval() == before
 
 
 def test_so_far_ahead_and_no_further() -> None:
